@@ -1,0 +1,204 @@
+"""Sizes and choices of a model, read from a checkpoint's config.json. No torch here: the runtime reads them from a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from factorportrait.config import VAEConfig, config_from_dict
+from factorportrait.errors import CheckpointError
+
+STREAMS = ("reference", "noise", "camera", "pose")
+FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; slot 1 holds one frame
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """A Wan-class transformer. `dim` must be a multiple of `num_heads`, and the head dimension even in each rotary part."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    eps: float = 1e-6
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    text_dim: int | None = None
+    rope_theta: float = 10000.0
+    max_position: int = 1024
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise CheckpointError(
+                "config dit", expected="dim to be an even multiple of num_heads",
+                found=f"dim {self.dim}, num_heads {self.num_heads}", action="correct config.json",
+            )
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.patch_size[0] != 1:
+            raise CheckpointError(
+                "config dit.patch_size", expected="1 in time", found=str(self.patch_size), action="correct config.json"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def rope_split(self) -> tuple[int, int, int]:
+        """Channels of a head rotated by time, height and width (Wan: 44, 42, 42 of 128)."""
+        spatial = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * spatial, spatial, spatial
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Channels of the patch embedding (FactorPortrait, figure 2): which streams, in which order, and how rays are packed."""
+
+    streams: tuple[str, ...] = STREAMS
+    latent_channels: int = 16
+    rays: str = "packed"  # "packed": the 4 frames of a latent, 24 channels; "last": the last of them, 6 channels
+
+    def __post_init__(self):
+        object.__setattr__(self, "streams", tuple(self.streams))
+        if sorted(self.streams) != sorted(STREAMS):
+            raise CheckpointError(
+                "config fusion.streams", expected=f"each of {', '.join(STREAMS)} once",
+                found=", ".join(self.streams), action="correct config.json",
+            )
+        if self.rays not in ("packed", "last"):
+            raise CheckpointError(
+                "config fusion.rays", expected="packed or last", found=repr(self.rays), action="correct config.json"
+            )
+
+    @property
+    def ray_channels(self) -> int:
+        return 24 if self.rays == "packed" else 6
+
+    def channels(self, stream: str) -> int:
+        return self.ray_channels if stream == "camera" else self.latent_channels
+
+    @property
+    def in_channels(self) -> int:
+        return sum(self.channels(stream) for stream in self.streams)
+
+    def slice(self, stream: str) -> slice:
+        """Where a stream's channels lie in the patch embedding's weight."""
+        start = sum(self.channels(other) for other in self.streams[: self.streams.index(stream)])
+        return slice(start, start + self.channels(stream))
+
+
+@dataclass(frozen=True)
+class ExpressionConfig:
+    """Expression encoder (image -> code), ARKit map and controller (codes -> latent frames -> AdaLN terms)."""
+
+    code_dim: int = 128
+    image_size: int = 128
+    encoder_widths: tuple[int, ...] = (32, 64, 128, 192)
+    encoder_blocks: int = 1
+    arkit_hidden: int = 256
+    aggregator: str = "causal_conv"  # or "window" (4 codes -> MLP), "mean"
+    hidden_dim: int = 256
+
+    def __post_init__(self):
+        object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))
+        if self.aggregator not in ("causal_conv", "window", "mean"):
+            raise CheckpointError(
+                "config expression.aggregator", expected="causal_conv, window or mean",
+                found=repr(self.aggregator), action="correct config.json",
+            )
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How the checkpoint was trained to be run. Lengths in latent frames, the reference slot not counted."""
+
+    modes: tuple[str, ...] = ("clip", "stream")  # masks of the training: bidirectional, chunk-causal with the reference as sink
+    chunk_frames: int = 3
+    window_frames: int = 9  # of keys and values that a chunk sees, itself included and the sink not
+    max_clip_frames: int = 21
+    timestep_shift: float = 1.0
+    denoising_steps: int = 4
+    solver: str = "euler"  # or "renoise": predict the clean latent, then noise it to the next sigma (consistency sampling)
+
+    def __post_init__(self):
+        object.__setattr__(self, "modes", tuple(self.modes))
+        if not self.modes or any(mode not in ("clip", "stream") for mode in self.modes):
+            raise CheckpointError(
+                "config generation.modes", expected="clip, stream or both", found=str(self.modes), action="correct config.json"
+            )
+        if self.solver not in ("euler", "renoise"):
+            raise CheckpointError(
+                "config generation.solver", expected="euler or renoise", found=self.solver, action="correct config.json"
+            )
+        if not 1 <= self.chunk_frames <= self.window_frames:
+            raise CheckpointError(
+                "config generation", expected="1 <= chunk_frames <= window_frames",
+                found=f"chunk_frames {self.chunk_frames}, window_frames {self.window_frames}", action="correct config.json",
+            )
+
+
+@dataclass(frozen=True)
+class CameraConfig:
+    """The frontal camera that a user gets without naming one; head space and metres, see DESIGN.md."""
+
+    fov_degrees: float = 20.0
+    distance: float = 0.9
+    target: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __post_init__(self):
+        object.__setattr__(self, "target", tuple(float(value) for value in self.target))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that config.json says."""
+
+    system: str
+    height: int
+    width: int
+    fps: float
+    vae: VAEConfig
+    dit: DiTConfig
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    expression: ExpressionConfig = field(default_factory=ExpressionConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    camera: CameraConfig = field(default_factory=CameraConfig)
+    name: str = "unnamed"
+
+    def __post_init__(self):
+        if self.system != "factorportrait":
+            raise CheckpointError(
+                "config system", expected="factorportrait", found=repr(self.system), action="use a version that knows this system"
+            )
+        stride = self.vae.spatial_stride * self.dit.patch_size[1]
+        if self.height % stride or self.width % stride:
+            raise CheckpointError(
+                "config height and width", expected=f"multiples of {stride}",
+                found=f"{self.height} x {self.width}", action="choose sizes that the VAE and the patches divide",
+            )
+        if self.fusion.latent_channels != self.vae.z_dim or self.dit.out_channels != self.vae.z_dim:
+            raise CheckpointError(
+                "config", expected="fusion.latent_channels = dit.out_channels = vae.z_dim",
+                found=f"{self.fusion.latent_channels}, {self.dit.out_channels}, {self.vae.z_dim}", action="correct config.json",
+            )
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // self.vae.spatial_stride
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // self.vae.spatial_stride
+
+    @property
+    def tokens_per_frame(self) -> int:
+        _, ph, pw = self.dit.patch_size
+        return (self.latent_height // ph) * (self.latent_width // pw)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "config") -> ModelConfig:
+        """Read a parsed config.json; unknown keys raise and name the near miss."""
+        return config_from_dict(cls, data, where)
