@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from factorportrait.config import VAEConfig, config_from_dict
+from factorportrait.config import VAEConfig, config_from_dict, config_to_dict
 from factorportrait.errors import CheckpointError
 
 STREAMS = ("reference", "noise", "camera", "pose")
@@ -201,4 +202,17 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "config") -> ModelConfig:
         """Read a parsed config.json; unknown keys raise and name the near miss."""
-        return config_from_dict(cls, data, where)
+        parts = {
+            "vae": VAEConfig, "dit": DiTConfig, "fusion": FusionConfig, "expression": ExpressionConfig,
+            "generation": GenerationConfig, "camera": CameraConfig,
+        }
+        built = dict(data) if isinstance(data, Mapping) else data
+        for key, part in parts.items():
+            if isinstance(data, Mapping) and key in data:
+                built[key] = config_from_dict(part, data[key], f"{where}: {key}")
+        return config_from_dict(cls, built, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `from_dict` reads back to an equal config."""
+        data = config_to_dict(self)
+        return {key: config_to_dict(value) if is_dataclass(value) else value for key, value in data.items()}

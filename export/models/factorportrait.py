@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.models.expression import ArkitEncoder, ExpressionController, ExpressionEncoder
-from factorportrait.export.models.vae import WanVAE
+from factorportrait.export.models.vae import VideoVAE
 from factorportrait.model_config import ModelConfig
 
 
@@ -34,7 +34,7 @@ class FactorPortrait(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.vae = WanVAE(config.vae)
+        self.vae = VideoVAE(config.vae)
         self.dit = WanDiT(config.dit, config.fusion, config.latent_height, config.latent_width)
         self.expression = nn.ModuleDict(
             {

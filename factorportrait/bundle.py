@@ -1,0 +1,205 @@
+"""A bundle: a folder of graphs with a manifest that says what they take, what they give and what they were made from.
+
+    manifest.json     schema, config, stages with named tensors, digest of every file, provenance
+    *.onnx, *.data    graphs and the weights that they refer to
+    constants.npz     small arrays that the runtime needs, such as the neutral expression code
+    head.npz          optional: a mean head to pose when a source has only head angles
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from factorportrait.config import config_from_dict
+from factorportrait.errors import BundleError, CheckpointError
+from factorportrait.files import sha256_file
+from factorportrait.model_config import ModelConfig
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "int8")
+_EXPORT_AGAIN = "make the bundle again with fp-export"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of a graph; a size is a number or the name of a symbol."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def describe(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One graph: its file, relative to the bundle, and its tensors in order."""
+
+    name: str
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    check: Mapping[str, float] = field(default_factory=dict)  # errors against torch at export
+
+    def input(self, name: str) -> TensorSpec:
+        return next(spec for spec in self.inputs if spec.name == name)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds."""
+
+    config: ModelConfig
+    precision: str
+    stages: Mapping[str, StageSpec]
+    files: Mapping[str, FileEntry]
+    provenance: Mapping[str, Any]
+    source_key: str  # digest of everything that the export depends on
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        data = {
+            "schema": self.schema,
+            "precision": self.precision,
+            "source_key": self.source_key,
+            "config": self.config.to_dict(),
+            "stages": {name: _stage_to_dict(stage) for name, stage in self.stages.items()},
+            "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
+            "provenance": dict(self.provenance),
+        }
+        return json.dumps(data, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Manifest:
+        """Parse manifest.json.
+
+        Raises:
+            BundleError: not JSON, a newer schema, or a missing or unknown key.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{where}", expected="JSON", found=str(error), action=_EXPORT_AGAIN) from error
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(schema, int):
+            raise BundleError(where, expected="a bundle manifest with a schema number", found="none", action=_EXPORT_AGAIN)
+        if schema > SCHEMA:
+            raise BundleError(
+                where, expected=f"schema {SCHEMA} or older", found=f"schema {schema}",
+                action="update factorportrait, or export with this version",
+            )
+        try:
+            stages = {name: _stage_from_dict(name, entry, where) for name, entry in data["stages"].items()}
+            files = {name: config_from_dict(FileEntry, entry, f"{where}: files") for name, entry in data["files"].items()}
+            return cls(
+                config=ModelConfig.from_dict(data["config"], f"{where}: config"),
+                precision=data["precision"], stages=stages, files=files,
+                provenance=data["provenance"], source_key=data["source_key"], schema=schema,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(where, expected="all keys of a manifest", found=f"no usable {error}", action=_EXPORT_AGAIN) from error
+        except CheckpointError as error:
+            raise BundleError(str(error), action=_EXPORT_AGAIN) from error
+
+
+def _stage_to_dict(stage: StageSpec) -> dict[str, Any]:
+    tensors = {
+        side: [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in getattr(stage, side)]
+        for side in ("inputs", "outputs")
+    }
+    return {"file": stage.file, **tensors, "check": dict(stage.check)}
+
+
+def _stage_from_dict(name: str, entry: Mapping[str, Any], where: str) -> StageSpec:
+    inputs, outputs = (
+        tuple(config_from_dict(TensorSpec, spec, f"{where}: stage {name}") for spec in entry[side])
+        for side in ("inputs", "outputs")
+    )
+    return StageSpec(name, entry["file"], inputs, outputs, entry.get("check", {}))
+
+
+class Bundle:
+    """An opened bundle folder. Opening reads the manifest and checks that every file is there with its size."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            found = "a file" if self.path.is_file() else "nothing"
+            raise BundleError(
+                f"bundle {self.path}", expected="a folder made by fp-export", found=found,
+                action="run: fp-export CHECKPOINT --output BUNDLE",
+            )
+        manifest_path = self.path / MANIFEST
+        if not manifest_path.is_file():
+            raise BundleError(
+                f"bundle {self.path}", expected=f"a {MANIFEST} in it", found="none",
+                action="run: fp-export CHECKPOINT --output BUNDLE",
+            )
+        self.manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8", errors="replace"), str(manifest_path))
+        self._check_sizes()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.manifest.config
+
+    def stage(self, name: str) -> StageSpec:
+        """Raises BundleError if the bundle has no such stage."""
+        if name not in self.manifest.stages:
+            raise BundleError(
+                f"bundle {self.path}", expected=f"a stage {name}", found=", ".join(self.manifest.stages), action=_EXPORT_AGAIN
+            )
+        return self.manifest.stages[name]
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists."""
+        if name not in self.manifest.files:
+            raise BundleError(f"bundle {self.path}", expected=f"a file {name} in its manifest", action=_EXPORT_AGAIN)
+        return self.path / name
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """The arrays of constants.npz."""
+        with np.load(self.file("constants.npz"), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+    def _check_sizes(self) -> None:
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise BundleError(f"bundle {self.path}: file {name}", expected="a path inside the bundle", action=_EXPORT_AGAIN)
+            if not path.is_file():
+                raise BundleError(f"bundle file {path}", expected=f"{entry.bytes} bytes", found="no such file", action=_EXPORT_AGAIN)
+            if path.stat().st_size != entry.bytes:
+                raise BundleError(
+                    f"bundle file {path}", expected=f"{entry.bytes} bytes", found=f"{path.stat().st_size}", action=_EXPORT_AGAIN
+                )
+
+    def verify(self) -> None:
+        """Read every file and compare its digest.
+
+        Raises:
+            BundleError: a digest does not match.
+        """
+        for name, entry in self.manifest.files.items():
+            digest = sha256_file(self.path / name)
+            if digest != entry.sha256:
+                raise BundleError(
+                    f"bundle file {self.path / name}", expected=f"sha256 {entry.sha256[:12]}", found=digest[:12],
+                    action="the file was changed or damaged: " + _EXPORT_AGAIN,
+                )
