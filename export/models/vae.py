@@ -12,8 +12,8 @@ convolutions of the resampling layers by. Whole clips follow the same rule with 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ from factorportrait.config import VAEConfig
 # F.normalize's floor of the norm, squared: an all-zero vector stays zero.
 NORM_FLOOR_SQUARED = 1e-24
 CONV_IMPLS = ("conv2d", "conv3d")
+
+
+@dataclass(frozen=True)
+class CacheShapes:
+    """Shapes of one direction's caches by name, `cache.0` and so on.
+
+    Attributes:
+        steady: every cache, the inputs and outputs of the steady function.
+        first: those of them that depend on the first latent frame; the others start as zeros.
+    """
+
+    steady: dict[str, tuple[int, ...]]
+    first: dict[str, tuple[int, ...]]
 
 
 class Timeline:
@@ -62,6 +75,12 @@ class Timeline:
         """Keep zeros for a convolution that the first latent frame passes by. shape: C, h, w of its input."""
         self.constant.append(len(self.kept))
         self.kept.append(like.new_zeros((num_past * self.batch, *shape)))
+
+    def shapes(self) -> CacheShapes:
+        """Of the caches kept by a first latent frame."""
+        steady = {f"cache.{index}": tuple(cache.shape) for index, cache in enumerate(self.kept)}
+        first = {name: shape for index, (name, shape) in enumerate(steady.items()) if index not in self.constant}
+        return CacheShapes(steady, first)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -338,7 +357,7 @@ class VideoVAE(nn.Module):
     def decode_first(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """latents [B, z, 1, h, w] -> frames [B, 3, 1, H, W] in -1..1 and the caches for `decode_steady`.
 
-        Caches of the layers that the first latent frame passes by are zeros; `num_first_caches` leaves them out.
+        Caches of the layers that the first latent frame passes by are zeros, see `cache_shapes`.
         """
         timeline = Timeline(latents.shape[0], first=True)
         return self._decode(latents, timeline).clamp(-1.0, 1.0), timeline.kept
@@ -381,7 +400,7 @@ class VideoVAE(nn.Module):
             probe._encode(torch.empty(batch, self.config.in_channels, 1, height, width, device="meta"), encode)
             latents = torch.empty(batch, self.config.z_dim, 1, latent_height, latent_width, device="meta")
             probe._decode(latents, decode)
-        return {"encode": CacheShapes.of(encode), "decode": CacheShapes.of(decode)}
+        return {"encode": encode.shapes(), "decode": decode.shapes()}
 
     # ---- whole clips, for training ---------------------------------------------------------------------------
 
