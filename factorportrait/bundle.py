@@ -1,9 +1,9 @@
 """A bundle: a folder of graphs with a manifest that says what they take, what they give and what they were made from.
 
-    manifest.json     schema, config, stages with named tensors, digest of every file, provenance
-    *.onnx, *.data    graphs and the weights that they refer to
-    constants.npz     small arrays that the runtime needs, such as the neutral expression code
-    head.npz          optional: a mean head to pose when a source has only head angles
+manifest.json     schema, config, stages with named tensors, digest of every file, provenance
+*.onnx, *.data    graphs and the weights that they refer to
+constants.npz     small arrays that the runtime needs, such as the neutral expression code
+head.npz          optional: a mean head to pose when a source has only head angles
 """
 
 from __future__ import annotations
@@ -96,22 +96,34 @@ class Manifest:
             raise BundleError(f"{where}", expected="JSON", found=str(error), action=_EXPORT_AGAIN) from error
         schema = data.get("schema") if isinstance(data, dict) else None
         if not isinstance(schema, int):
-            raise BundleError(where, expected="a bundle manifest with a schema number", found="none", action=_EXPORT_AGAIN)
+            raise BundleError(
+                where, expected="a bundle manifest with a schema number", found="none", action=_EXPORT_AGAIN
+            )
         if schema > SCHEMA:
             raise BundleError(
-                where, expected=f"schema {SCHEMA} or older", found=f"schema {schema}",
+                where,
+                expected=f"schema {SCHEMA} or older",
+                found=f"schema {schema}",
                 action="update factorportrait, or export with this version",
             )
         try:
             stages = {name: _stage_from_dict(name, entry, where) for name, entry in data["stages"].items()}
-            files = {name: config_from_dict(FileEntry, entry, f"{where}: files") for name, entry in data["files"].items()}
+            files = {
+                name: config_from_dict(FileEntry, entry, f"{where}: files") for name, entry in data["files"].items()
+            }
             return cls(
                 config=ModelConfig.from_dict(data["config"], f"{where}: config"),
-                precision=data["precision"], stages=stages, files=files,
-                provenance=data["provenance"], source_key=data["source_key"], schema=schema,
+                precision=data["precision"],
+                stages=stages,
+                files=files,
+                provenance=data["provenance"],
+                source_key=data["source_key"],
+                schema=schema,
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(where, expected="all keys of a manifest", found=f"no usable {error}", action=_EXPORT_AGAIN) from error
+            raise BundleError(
+                where, expected="all keys of a manifest", found=f"no usable {error}", action=_EXPORT_AGAIN
+            ) from error
         except CheckpointError as error:
             raise BundleError(str(error), action=_EXPORT_AGAIN) from error
 
@@ -140,16 +152,22 @@ class Bundle:
         if not self.path.is_dir():
             found = "a file" if self.path.is_file() else "nothing"
             raise BundleError(
-                f"bundle {self.path}", expected="a folder made by fp-export", found=found,
+                f"bundle {self.path}",
+                expected="a folder made by fp-export",
+                found=found,
                 action="run: fp-export CHECKPOINT --output BUNDLE",
             )
         manifest_path = self.path / MANIFEST
         if not manifest_path.is_file():
             raise BundleError(
-                f"bundle {self.path}", expected=f"a {MANIFEST} in it", found="none",
+                f"bundle {self.path}",
+                expected=f"a {MANIFEST} in it",
+                found="none",
                 action="run: fp-export CHECKPOINT --output BUNDLE",
             )
-        self.manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8", errors="replace"), str(manifest_path))
+        self.manifest = Manifest.from_json(
+            manifest_path.read_text(encoding="utf-8", errors="replace"), str(manifest_path)
+        )
         self._check_sizes()
 
     @property
@@ -160,7 +178,10 @@ class Bundle:
         """Raises BundleError if the bundle has no such stage."""
         if name not in self.manifest.stages:
             raise BundleError(
-                f"bundle {self.path}", expected=f"a stage {name}", found=", ".join(self.manifest.stages), action=_EXPORT_AGAIN
+                f"bundle {self.path}",
+                expected=f"a stage {name}",
+                found=", ".join(self.manifest.stages),
+                action=_EXPORT_AGAIN,
             )
         return self.manifest.stages[name]
 
@@ -182,12 +203,19 @@ class Bundle:
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise BundleError(f"bundle {self.path}: file {name}", expected="a path inside the bundle", action=_EXPORT_AGAIN)
+                raise BundleError(
+                    f"bundle {self.path}: file {name}", expected="a path inside the bundle", action=_EXPORT_AGAIN
+                )
             if not path.is_file():
-                raise BundleError(f"bundle file {path}", expected=f"{entry.bytes} bytes", found="no such file", action=_EXPORT_AGAIN)
+                raise BundleError(
+                    f"bundle file {path}", expected=f"{entry.bytes} bytes", found="no such file", action=_EXPORT_AGAIN
+                )
             if path.stat().st_size != entry.bytes:
                 raise BundleError(
-                    f"bundle file {path}", expected=f"{entry.bytes} bytes", found=f"{path.stat().st_size}", action=_EXPORT_AGAIN
+                    f"bundle file {path}",
+                    expected=f"{entry.bytes} bytes",
+                    found=f"{path.stat().st_size}",
+                    action=_EXPORT_AGAIN,
                 )
 
     def verify(self) -> None:
@@ -200,6 +228,8 @@ class Bundle:
             digest = sha256_file(self.path / name)
             if digest != entry.sha256:
                 raise BundleError(
-                    f"bundle file {self.path / name}", expected=f"sha256 {entry.sha256[:12]}", found=digest[:12],
+                    f"bundle file {self.path / name}",
+                    expected=f"sha256 {entry.sha256[:12]}",
+                    found=digest[:12],
                     action="the file was changed or damaged: " + _EXPORT_AGAIN,
                 )

@@ -34,8 +34,10 @@ class DiTConfig:
     def __post_init__(self):
         if self.dim % self.num_heads or self.head_dim % 2:
             raise CheckpointError(
-                "config dit", expected="dim to be an even multiple of num_heads",
-                found=f"dim {self.dim}, num_heads {self.num_heads}", action="correct config.json",
+                "config dit",
+                expected="dim to be an even multiple of num_heads",
+                found=f"dim {self.dim}, num_heads {self.num_heads}",
+                action="correct config.json",
             )
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if self.patch_size[0] != 1:
@@ -66,8 +68,10 @@ class FusionConfig:
         object.__setattr__(self, "streams", tuple(self.streams))
         if sorted(self.streams) != sorted(STREAMS):
             raise CheckpointError(
-                "config fusion.streams", expected=f"each of {', '.join(STREAMS)} once",
-                found=", ".join(self.streams), action="correct config.json",
+                "config fusion.streams",
+                expected=f"each of {', '.join(STREAMS)} once",
+                found=", ".join(self.streams),
+                action="correct config.json",
             )
         if self.rays not in ("packed", "last"):
             raise CheckpointError(
@@ -107,8 +111,10 @@ class ExpressionConfig:
         object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))
         if self.aggregator not in ("causal_conv", "window", "mean"):
             raise CheckpointError(
-                "config expression.aggregator", expected="causal_conv, window or mean",
-                found=repr(self.aggregator), action="correct config.json",
+                "config expression.aggregator",
+                expected="causal_conv, window or mean",
+                found=repr(self.aggregator),
+                action="correct config.json",
             )
 
 
@@ -116,19 +122,27 @@ class ExpressionConfig:
 class GenerationConfig:
     """How the checkpoint was trained to be run. Lengths in latent frames, the reference slot not counted."""
 
-    modes: tuple[str, ...] = ("clip", "stream")  # masks of the training: bidirectional, chunk-causal with the reference as sink
+    modes: tuple[str, ...] = (
+        "clip",
+        "stream",
+    )  # masks of the training: bidirectional, chunk-causal with the reference as sink
     chunk_frames: int = 3
     window_frames: int = 9  # of keys and values that a chunk sees, itself included and the sink not
     max_clip_frames: int = 21
     timestep_shift: float = 1.0
     denoising_steps: int = 4
-    solver: str = "euler"  # or "renoise": predict the clean latent, then noise it to the next sigma (consistency sampling)
+    solver: str = (
+        "euler"  # or "renoise": predict the clean latent, then noise it to the next sigma (consistency sampling)
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "modes", tuple(self.modes))
         if not self.modes or any(mode not in ("clip", "stream") for mode in self.modes):
             raise CheckpointError(
-                "config generation.modes", expected="clip, stream or both", found=str(self.modes), action="correct config.json"
+                "config generation.modes",
+                expected="clip, stream or both",
+                found=str(self.modes),
+                action="correct config.json",
             )
         if self.solver not in ("euler", "renoise"):
             raise CheckpointError(
@@ -136,8 +150,10 @@ class GenerationConfig:
             )
         if not 1 <= self.chunk_frames <= self.window_frames:
             raise CheckpointError(
-                "config generation", expected="1 <= chunk_frames <= window_frames",
-                found=f"chunk_frames {self.chunk_frames}, window_frames {self.window_frames}", action="correct config.json",
+                "config generation",
+                expected="1 <= chunk_frames <= window_frames",
+                found=f"chunk_frames {self.chunk_frames}, window_frames {self.window_frames}",
+                action="correct config.json",
             )
 
 
@@ -172,18 +188,25 @@ class ModelConfig:
     def __post_init__(self):
         if self.system != "factorportrait":
             raise CheckpointError(
-                "config system", expected="factorportrait", found=repr(self.system), action="use a version that knows this system"
+                "config system",
+                expected="factorportrait",
+                found=repr(self.system),
+                action="use a version that knows this system",
             )
         stride = self.vae.spatial_stride * self.dit.patch_size[1]
         if self.height % stride or self.width % stride:
             raise CheckpointError(
-                "config height and width", expected=f"multiples of {stride}",
-                found=f"{self.height} x {self.width}", action="choose sizes that the VAE and the patches divide",
+                "config height and width",
+                expected=f"multiples of {stride}",
+                found=f"{self.height} x {self.width}",
+                action="choose sizes that the VAE and the patches divide",
             )
         if self.fusion.latent_channels != self.vae.z_dim or self.dit.out_channels != self.vae.z_dim:
             raise CheckpointError(
-                "config", expected="fusion.latent_channels = dit.out_channels = vae.z_dim",
-                found=f"{self.fusion.latent_channels}, {self.dit.out_channels}, {self.vae.z_dim}", action="correct config.json",
+                "config",
+                expected="fusion.latent_channels = dit.out_channels = vae.z_dim",
+                found=f"{self.fusion.latent_channels}, {self.dit.out_channels}, {self.vae.z_dim}",
+                action="correct config.json",
             )
 
     @property
@@ -203,8 +226,12 @@ class ModelConfig:
     def from_dict(cls, data: dict[str, Any], where: str = "config") -> ModelConfig:
         """Read a parsed config.json; unknown keys raise and name the near miss."""
         parts = {
-            "vae": VAEConfig, "dit": DiTConfig, "fusion": FusionConfig, "expression": ExpressionConfig,
-            "generation": GenerationConfig, "camera": CameraConfig,
+            "vae": VAEConfig,
+            "dit": DiTConfig,
+            "fusion": FusionConfig,
+            "expression": ExpressionConfig,
+            "generation": GenerationConfig,
+            "camera": CameraConfig,
         }
         built = dict(data) if isinstance(data, Mapping) else data
         for key, part in parts.items():

@@ -8,6 +8,7 @@ carries everything of the patch embedding but the noise, `expression_modulation`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,9 @@ class Block(nn.Module):
         if config.text_dim is not None:
             self.norm3 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
             self.cross_attn = Attention(config)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -260,14 +263,29 @@ class WanDiT(nn.Module):
         """
         x = self.embed_noise(noise_latents) + condition_tokens
         modulation = timestep_proj.float() + expression_modulation.float()
-        rotary = self.rotary_pair(positions, past_positions)
+        x, new_kv = self.run_blocks(
+            self.blocks, x, modulation, self.rotary_pair(positions, past_positions), past_kv, text_kv, mask
+        )
+        return self.unpatchify(self.head(x, temb)), new_kv
+
+    @staticmethod
+    def run_blocks(
+        blocks: Sequence[Block],
+        x: Tensor,
+        modulation: Tensor,
+        rotary: Rotary,
+        past_kv: list[tuple[Tensor, Tensor]] | None = None,
+        text_kv: list[tuple[Tensor, Tensor]] | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """x [B,F,T,D] through `blocks`, with one item of past_kv and text_kv per block -> x, and per block the new keys and values."""
         new_kv = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks):
             x, k, v = block(
                 x, modulation, rotary, past_kv[i] if past_kv else None, text_kv[i] if text_kv else None, mask
             )
             new_kv.append((k, v))
-        return self.unpatchify(self.head(x, temb)), new_kv
+        return x, new_kv
 
     def rotary_pair(self, positions: Tensor, past_positions: Tensor | None) -> Rotary:
         """Factors for the frames and, in front of them, the cached ones."""

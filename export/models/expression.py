@@ -52,8 +52,10 @@ class ArkitEncoder(nn.Module):
     def __init__(self, config: ExpressionConfig):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(len(ARKIT_NAMES), config.arkit_hidden), nn.SiLU(),
-            nn.Linear(config.arkit_hidden, config.arkit_hidden), nn.SiLU(),
+            nn.Linear(len(ARKIT_NAMES), config.arkit_hidden),
+            nn.SiLU(),
+            nn.Linear(config.arkit_hidden, config.arkit_hidden),
+            nn.SiLU(),
             nn.Linear(config.arkit_hidden, config.code_dim),
         )
 
@@ -78,7 +80,9 @@ class ExpressionController(nn.Module):
             self.conv2 = nn.Conv1d(hidden, hidden, 3, stride=2)
         else:
             codes = FRAMES_PER_LATENT if config.aggregator == "window" else 1
-            self.window = nn.Sequential(nn.Linear(config.code_dim * codes, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            self.window = nn.Sequential(
+                nn.Linear(config.code_dim * codes, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+            )
         self.projection = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, dim * 6))
         self.register_buffer("neutral_code", torch.zeros(config.code_dim))
 

@@ -1,0 +1,136 @@
+"""Schedules and guidance as tables: the loop reads numbers, it knows no scheduler by name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from factorportrait.errors import UserError
+
+FACTORS = ("reference", "expression", "pose", "camera")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One row per denoising step: `x = sample * x + sum(outputs[i] * v[i]) + noise * fresh noise`, `v[0]` the newest output.
+
+    Attributes:
+        timesteps: [steps], in 0..1000.
+        sample: [steps].
+        outputs: [steps, history]; a one-step scheduler has history 1.
+        noise: [steps]; zero for a deterministic one.
+    """
+
+    timesteps: np.ndarray
+    sample: np.ndarray
+    outputs: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
+def shifted_sigmas(num_steps: int, shift: float) -> np.ndarray:
+    """[num_steps + 1] noise levels from 1 to 0, moved towards noise by `shift` (Esser et al. 2024, section 5.3.2)."""
+    sigmas = np.linspace(1.0, 0.0, num_steps + 1)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def flow_schedule(num_steps: int, shift: float, solver: str = "euler") -> Schedule:
+    """Flow matching, x = (1 - sigma) * clean + sigma * noise, the network predicting v = noise - clean.
+
+    Args:
+        num_steps: at least 1.
+        shift: timestep shift; 1 for none.
+        solver: "euler" integrates the ODE; "renoise" predicts the clean latent and noises it anew to the next sigma
+            (consistency sampling, Song et al. 2023, algorithm 1), for networks distilled to few steps.
+
+    Raises:
+        UserError: num_steps is not positive.
+    """
+    if num_steps < 1:
+        raise UserError("--steps", expected="1 or more", found=str(num_steps), action="4 is a good start")
+    sigmas = shifted_sigmas(num_steps, shift)
+    now, following = sigmas[:-1], sigmas[1:]
+    if solver == "euler":
+        sample, output, noise = np.ones(num_steps), following - now, np.zeros(num_steps)
+    else:
+        sample, output, noise = 1 - following, -now * (1 - following), following
+    return Schedule(1000.0 * now, sample, output[:, None], noise)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Which conditions are dropped in each set, and how the sets' outputs are weighted in each step.
+
+    Attributes:
+        dropped: per set the factors that are taken away; the first set drops nothing.
+        weights: [steps, sets]; rows sum to 1. A set with weight 0 is not evaluated in that step.
+    """
+
+    dropped: tuple[frozenset[str], ...]
+    weights: np.ndarray
+
+    @property
+    def num_sets(self) -> int:
+        return len(self.dropped)
+
+
+def constant_guidance(scales: dict[str, float], num_steps: int) -> Guidance:
+    """Per-factor guidance with the same scale in all steps: v + sum((s_f - 1) * (v - v without f)).
+
+    The factor "all" drops every condition at once, which is classifier-free guidance (Ho and Salimans 2022).
+    """
+    dropped: list[frozenset[str]] = [frozenset()]
+    weights = [1.0]
+    for factor, scale in scales.items():
+        if scale == 1.0:
+            continue
+        dropped.append(frozenset(FACTORS) if factor == "all" else frozenset([factor]))
+        weights.append(1.0 - scale)
+        weights[0] += scale - 1.0
+    return Guidance(tuple(dropped), np.tile(np.array(weights), (num_steps, 1)))
+
+
+def parse_guidance(text: str, num_steps: int) -> Guidance:
+    """`1` (none), `2.5` (all conditions together) or `expression=2,pose=1.5`.
+
+    Raises:
+        UserError: not of this form, an unknown factor, or a scale that is not finite.
+    """
+    expected = f"a number, or a list such as expression=2,pose=1.5 of {', '.join(FACTORS)}"
+    error = UserError("--guidance", expected=expected, found=repr(text), action="1 switches guidance off")
+    scales: dict[str, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:([a-z]+)\s*=\s*)?([-+0-9.eE]+)\s*", part)
+        name = match and (match.group(1) or "all")
+        if not match or name in scales or name not in (*FACTORS, "all") or (name == "all" and "," in text):
+            raise error
+        try:
+            scales[name] = float(match.group(2))
+        except ValueError:
+            raise error from None
+        if not np.isfinite(scales[name]):
+            raise error
+    return constant_guidance(scales, num_steps)
+
+
+class NoiseSource:
+    """Noise that depends on the seed, the latent frame and the step alone, so it does not change with the chunking.
+
+    Philox (Salmon et al. 2011) keyed by the seed; the counter holds the latent frame and the step.
+    """
+
+    def __init__(self, seed: int, shape: tuple[int, int, int]):
+        self._key = seed % 2**128
+        self._shape = shape  # [C, h, w]
+
+    def draw(self, first_frame: int, num_frames: int, step: int, out: np.ndarray) -> np.ndarray:
+        """Fill out [1, C, num_frames, h, w] float32 with standard normal noise."""
+        for i in range(num_frames):
+            generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, step, first_frame + i]))
+            out[0, :, i] = generator.standard_normal(self._shape, dtype=np.float32)
+        return out

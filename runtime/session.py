@@ -1,0 +1,286 @@
+"""From a bundle to frames: `open_bundle(path).session(...)`, `set_reference`, `push`, `finish`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from factorportrait.bundle import Bundle
+from factorportrait.engines.base import Engine
+from factorportrait.engines.ort import OrtEngine
+from factorportrait.errors import UserError
+from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
+from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
+from factorportrait.runtime.loop import ChunkConditions, Denoiser
+from factorportrait.runtime.schedule import NoiseSource, flow_schedule, parse_guidance
+from factorportrait.runtime.timing import Timings
+from factorportrait.runtime.vae import StreamingVAE, to_pictures, to_unit
+
+STAGES = (
+    "vae_encode_first",
+    "vae_encode_steady",
+    "vae_decode_first",
+    "vae_decode_steady",
+    "expression_encoder",
+    "arkit_encoder",
+    "expression_controller",
+    "condition_embed",
+    "time_embed",
+    "dit",
+)
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How to generate. None takes what the checkpoint was trained for.
+
+    Attributes:
+        mode: "stream" makes chunk after chunk, without end; "clip" one bounded clip with attention over all of it.
+        steps: denoising steps.
+        guidance: see `factorportrait.runtime.schedule.parse_guidance`.
+        seed: of the noise.
+        chunk_frames, window_frames: latent frames generated together, and seen (stream mode).
+    """
+
+    mode: str | None = None
+    steps: int | None = None
+    guidance: str = "1"
+    seed: int = 0
+    chunk_frames: int | None = None
+    window_frames: int | None = None
+
+    def resolve(self, config: ModelConfig) -> SessionOptions:
+        """Fill in the checkpoint's values.
+
+        Raises:
+            UserError: a mode that the checkpoint was not trained for, or sizes that do not go together.
+        """
+        generation = config.generation
+        mode = self.mode or ("stream" if "stream" in generation.modes else generation.modes[0])
+        if mode not in generation.modes:
+            raise UserError(
+                "--mode",
+                expected=" or ".join(generation.modes),
+                found=mode,
+                action="the checkpoint was not trained for others",
+            )
+        chunk = generation.chunk_frames if self.chunk_frames is None else self.chunk_frames
+        window = generation.window_frames if self.window_frames is None else self.window_frames
+        if not 1 <= chunk <= window <= generation.window_frames:
+            raise UserError(
+                "--chunk and --window",
+                expected=f"1 <= chunk <= window <= {generation.window_frames}, the trained window",
+                found=f"chunk {chunk}, window {window}",
+                action="choose other values, or leave them out",
+            )
+        steps = generation.denoising_steps if self.steps is None else self.steps
+        return SessionOptions(mode, steps, self.guidance, self.seed, chunk, window)
+
+
+def open_bundle(
+    path: str | Path, *, threads: int | None = None, eager: bool = False, verify: bool = True
+) -> OpenBundle:
+    """Open a bundle and load its graphs into ONNX Runtime on the CPU.
+
+    Args:
+        path: folder made by fp-export.
+        threads: of one operator; None lets ONNX Runtime take every core.
+        eager: plain calls that allocate every result, instead of bound buffers; the same numbers, slower.
+        verify: read all files first and compare their digests.
+
+    Raises:
+        BundleError: missing, damaged or newer than this program.
+    """
+    start = time.perf_counter()
+    bundle = Bundle(path)
+    if verify:
+        bundle.verify()
+    engine = OrtEngine(bundle, threads=threads, eager=eager)
+    engine.load_all(bundle.stage(name) for name in STAGES)
+    return OpenBundle(bundle, engine, load_s=time.perf_counter() - start)
+
+
+class OpenBundle:
+    """A bundle with its graphs loaded; sessions share them."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, load_s: float = 0.0):
+        self.bundle, self.engine, self.load_s = bundle, engine, load_s
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.bundle.config
+
+    def session(self, options: SessionOptions | None = None, **changes) -> Session:
+        """A session with its own state; keywords are fields of `SessionOptions`."""
+        return Session(self, options or SessionOptions(**changes))
+
+
+class Session:
+    """One portrait, driven frame by frame. Not for use by several threads at once.
+
+    >>> session = open_bundle("demo-fp32").session(seed=1)
+    >>> session.set_reference(portrait)            # uint8 [H, W, 3]
+    >>> for picture in session.frames(driving):    # an iterable of DrivingFrame
+    ...     show(picture)
+    """
+
+    def __init__(self, opened: OpenBundle, options: SessionOptions):
+        self.config = opened.config
+        self.options = options = options.resolve(self.config)
+        self.timings = Timings()
+        runners = {name: opened.engine.load(opened.bundle.stage(name)) for name in STAGES}
+        guidance = parse_guidance(options.guidance, options.steps)
+        generation = self.config.generation
+        schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
+        noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))
+        neutral_code = opened.bundle.constants()["neutral_code"]
+        self._encoder = GroupEncoder(self.config, runners, self.timings)
+        self._builder = ConditionBuilder(self.config, runners, guidance, neutral_code, self.timings)
+        self._denoiser = Denoiser(
+            runners["dit"],
+            runners["time_embed"],
+            schedule,
+            guidance,
+            noise,
+            mode=options.mode,
+            chunk_frames=options.chunk_frames,
+            window_frames=options.window_frames,
+            timings=self.timings,
+        )
+        self._reference_vae = StreamingVAE(
+            runners["vae_encode_first"], runners["vae_encode_steady"], "frames", "latents"
+        )
+        self._decoder = StreamingVAE(runners["vae_decode_first"], runners["vae_decode_steady"], "latents", "frames")
+        self._reference: tuple[list[np.ndarray], list[np.ndarray]] | None = None
+        self._restart()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the K/V caches."""
+        return self._denoiser.cache_bytes
+
+    def _restart(self) -> None:
+        self._encoder.reset()
+        self._builder.reset()
+        self._denoiser.reset()
+        self._decoder.reset()
+        self._groups: list[Group] = []
+        self._num_pushed = 0
+        self._num_given = 0
+        self._num_latent_frames = 0
+        self._last: DrivingFrame | None = None
+        self._started: float | None = None
+        self._busy_s = 0.0
+
+    def set_reference(self, portrait: np.ndarray) -> None:
+        """Begin a clip of this person; what was generated before is forgotten.
+
+        Args:
+            portrait: uint8 [H, W, 3] at the bundle's size (`factorportrait.runtime.media.portrait.load_portrait` makes it).
+        """
+        expected = (self.config.height, self.config.width, 3)
+        if portrait.shape != expected or portrait.dtype != np.uint8:
+            raise UserError(
+                "portrait",
+                expected=f"uint8 {list(expected)}",
+                found=f"{portrait.dtype} {list(portrait.shape)}",
+                action="read it with load_portrait",
+            )
+        self._restart()
+        self._started = time.perf_counter()
+        with self.timings("reference"):
+            pixels = np.zeros((1, 3, 1, *expected[:2]), np.float32)
+            to_unit(portrait, pixels[0, :, 0])
+            self._reference_vae.reset()
+            self._reference = self._builder.reference(self._reference_vae(pixels))
+            if self.options.mode == "stream":
+                self._denoiser.set_reference(*self._reference)
+
+    def push(self, frame: DrivingFrame) -> list[np.ndarray]:
+        """Take one driving frame; give the pictures uint8 [H, W, 3] that became ready, often none.
+
+        Raises:
+            UserError: no reference yet, or a clip longer than the checkpoint's (clip mode).
+        """
+        if self._reference is None:
+            raise UserError("push", expected="a portrait first", found="none", action="call set_reference")
+        start = time.perf_counter()
+        self._num_pushed += 1
+        self._last = frame
+        self._check_clip_length()
+        group = self._encoder.push(frame)
+        if group is not None:
+            self._groups.append(group)
+        ready = self.options.mode == "stream" and len(self._groups) == self.options.chunk_frames
+        pictures = self._generate() if ready else []
+        self._account(start, pictures)
+        return pictures
+
+    def finish(self) -> list[np.ndarray]:
+        """End the clip: the last chunk is completed by repeating the last frame, and the surplus is not given out."""
+        if self._last is None:
+            return []
+        start = time.perf_counter()
+        pictures = []
+        if self._encoder.num_waiting or self._groups:
+            wanted = self.options.chunk_frames if self.options.mode == "stream" else 0
+            while self._encoder.num_waiting or len(self._groups) < wanted:
+                group = self._encoder.push(self._last)
+                if group is not None:
+                    self._groups.append(group)
+            pictures = self._generate()
+        self._account(start, pictures)
+        self._last = None
+        return pictures
+
+    def frames(self, driving: Iterable[DrivingFrame]) -> Iterator[np.ndarray]:
+        """Pictures for all of `driving`, as soon as they are ready."""
+        for frame in driving:
+            yield from self.push(frame)
+        yield from self.finish()
+
+    def _check_clip_length(self) -> None:
+        limit = 1 + FRAMES_PER_LATENT * (self.config.generation.max_clip_frames - 1)
+        if self.options.mode == "clip" and self._num_pushed > limit:
+            raise UserError(
+                "--mode clip",
+                expected=f"at most {limit} frames, the length of the training",
+                found="a longer driving",
+                action=f"use --mode stream, or --frames {limit}",
+            )
+
+    def _generate(self) -> list[np.ndarray]:
+        groups, self._groups = self._groups, []
+        chunk = self._builder.chunk(groups, self._num_latent_frames)
+        self._num_latent_frames += len(groups)
+        if self.options.mode == "clip":
+            chunk = self._with_reference(chunk)
+        latents = self._denoiser.generate(chunk)
+        pictures: list[np.ndarray] = []
+        for i in range(latents.shape[2]):
+            with self.timings("decode"):
+                pictures += to_pictures(self._decoder(np.ascontiguousarray(latents[:, :, i : i + 1])))
+        pictures = pictures[: self._num_pushed - self._num_given]
+        self._num_given += len(pictures)
+        return pictures
+
+    def _with_reference(self, chunk: ChunkConditions) -> ChunkConditions:
+        tokens, modulation = self._reference
+        return ChunkConditions(
+            chunk.first_frame,
+            [np.concatenate(pair, axis=1) for pair in zip(tokens, chunk.tokens, strict=True)],
+            [np.concatenate(pair, axis=1) for pair in zip(modulation, chunk.modulation, strict=True)],
+        )
+
+    def _account(self, start: float, pictures: list[np.ndarray]) -> None:
+        now = time.perf_counter()
+        self._busy_s += now - start
+        if pictures:
+            if self.timings.first_frame_s is None:
+                self.timings.first_frame_s = now - self._started
+            self.timings.chunks.append((self._busy_s, len(pictures)))
+            self._busy_s = 0.0
