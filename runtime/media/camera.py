@@ -139,7 +139,10 @@ def _preset_numbers(text: str, name: str, rest: str) -> tuple[float, float]:
                 amount = float(part.replace("+-", "").lstrip("±").removesuffix("deg").removesuffix("°"))
         except ValueError as error:
             raise MediaError(
-                f"camera {text!r}", expected="e.g. orbit:30,period=6 or dolly:0.8", found=str(error), action="check --camera"
+                f"camera {text!r}",
+                expected="e.g. orbit:30,period=6 or dolly:0.8",
+                found=str(error),
+                action="check --camera",
             ) from error
     low, high, unit = (0.2, 5.0, "times the distance") if name == "dolly" else (-180.0, 180.0, "degrees")
     if not low <= amount <= high or not (period_s > 0 and math.isfinite(period_s)):
@@ -201,7 +204,9 @@ def load_cameras(path: str | os.PathLike, height: int, width: int, fit: str = "c
     frames = data.get("frames")
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
         raise MediaError(
-            f"camera file {path}", expected='a list "frames" with at least one camera', action="see load_cameras for the format"
+            f"camera file {path}",
+            expected='a list "frames" with at least one camera',
+            action="see load_cameras for the format",
         )
     nerfstudio = "transform_matrix" in frames[0]
     if nerfstudio:
@@ -237,16 +242,25 @@ def check_pose(where: str, c2w: np.ndarray) -> None:
     rotation = c2w[:3, :3]
     action = "write a camera-to-world matrix with a pure rotation, row by row"
     if not np.isfinite(c2w).all():
-        raise MediaError(f"{where}: camera matrix", expected="numbers", found="NaN or infinity", action="check the file")
+        raise MediaError(
+            f"{where}: camera matrix", expected="numbers", found="NaN or infinity", action="check the file"
+        )
     if np.abs(c2w[3] - [0, 0, 0, 1]).max() > RIGID_TOLERANCE:
         raise MediaError(
-            f"{where}: camera matrix", expected="a last row of 0 0 0 1", found=" ".join(f"{x:g}" for x in c2w[3]), action=action
+            f"{where}: camera matrix",
+            expected="a last row of 0 0 0 1",
+            found=" ".join(f"{x:g}" for x in c2w[3]),
+            action=action,
         )
     determinant = np.linalg.det(rotation)
     if abs(determinant) < 1e-9:
-        raise MediaError(f"{where}: camera matrix", expected="an invertible matrix", found="a singular one", action=action)
+        raise MediaError(
+            f"{where}: camera matrix", expected="an invertible matrix", found="a singular one", action=action
+        )
     if determinant < 0:
-        raise MediaError(f"{where}: camera matrix", expected="a right-handed camera", found="a mirrored one", action=action)
+        raise MediaError(
+            f"{where}: camera matrix", expected="a right-handed camera", found="a mirrored one", action=action
+        )
     if np.abs(rotation.T @ rotation - np.eye(3)).max() > RIGID_TOLERANCE:
         raise MediaError(f"{where}: camera matrix", expected="a rigid move", found="scale or shear", action=action)
 
@@ -263,7 +277,9 @@ def check_intrinsics(where: str, K: np.ndarray) -> None:
             action="turn signs belong into the camera matrix",
         )
     if np.abs([K[0, 1], K[1, 0], K[2, 0], K[2, 1], K[2, 2] - 1]).max() > 1e-6:
-        raise MediaError(f"{where}: K", expected="[[fx,0,cx],[0,fy,cy],[0,0,1]]", found="other entries", action="check the file")
+        raise MediaError(
+            f"{where}: K", expected="[[fx,0,cx],[0,fy,cy],[0,0,1]]", found="other entries", action="check the file"
+        )
 
 
 def ray_maps(K: np.ndarray, c2w: np.ndarray, height: int, width: int, stride: int = 8) -> np.ndarray:
@@ -294,7 +310,9 @@ def _read_json(path: Path) -> dict:
     except (ValueError, OSError) as error:
         raise MediaError(f"camera file {path}", expected="JSON", found=str(error), action="check the file") from error
     if not isinstance(data, dict):
-        raise MediaError(f"camera file {path}", expected="a JSON object", found=type(data).__name__, action="check the file")
+        raise MediaError(
+            f"camera file {path}", expected="a JSON object", found=type(data).__name__, action="check the file"
+        )
     return data
 
 
@@ -322,7 +340,10 @@ def _matrix(where: str, frame: dict, key: str, size: int) -> np.ndarray:
         ) from error
     if matrix.shape != (size, size):
         raise MediaError(
-            f"{where}: {key}", expected=f"{size}x{size} numbers", found=f"shape {list(matrix.shape)}", action="check the file"
+            f"{where}: {key}",
+            expected=f"{size}x{size} numbers",
+            found=f"shape {list(matrix.shape)}",
+            action="check the file",
         )
     return matrix
 
@@ -340,7 +361,10 @@ def _intrinsics(
                         return float(source[key])
                     except (TypeError, ValueError) as error:
                         raise MediaError(
-                            f"{where}: {key}", expected="a number", found=repr(source[key])[:40], action="check the file"
+                            f"{where}: {key}",
+                            expected="a number",
+                            found=repr(source[key])[:40],
+                            action="check the file",
                         ) from error
         return None
 
@@ -352,12 +376,17 @@ def _intrinsics(
         if K is not None or focal_x is not None or angle_x is None:
             size = "w and h" if nerfstudio else "width and height"
             raise MediaError(
-                f"{where}: no size", expected=f"{size} in pixels that the focal length refers to", action="add them to the file"
+                f"{where}: no size",
+                expected=f"{size} in pixels that the focal length refers to",
+                action="add them to the file",
             )
         file_width, file_height = width, height
     if not (file_width >= 1 and file_height >= 1 and math.isfinite(file_width) and math.isfinite(file_height)):
         raise MediaError(
-            f"{where}: size", expected="1 pixel or more", found=f"{file_width:g}x{file_height:g}", action="check the file"
+            f"{where}: size",
+            expected="1 pixel or more",
+            found=f"{file_width:g}x{file_height:g}",
+            action="check the file",
         )
     size = (int(file_height), int(file_width))
     if K is not None:

@@ -31,7 +31,18 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 COMMON_RATES = tuple(
     Fraction(*rate)
-    for rate in ((24000, 1001), (24, 1), (25, 1), (30000, 1001), (30, 1), (48, 1), (50, 1), (60000, 1001), (60, 1), (120, 1))
+    for rate in (
+        (24000, 1001),
+        (24, 1),
+        (25, 1),
+        (30000, 1001),
+        (30, 1),
+        (48, 1),
+        (50, 1),
+        (60000, 1001),
+        (60, 1),
+        (120, 1),
+    )
 )
 # Live Link Face records at 60 unless told otherwise; used when a recording is too short to show the rate.
 LIVE_LINK_FPS = Fraction(60)
@@ -182,7 +193,9 @@ class VideoSource:
         else:
             end_s = len(times) / own_rate if self.is_constant else ends[0] - times[0]
             end_s = max(end_s, times[-1] - times[0] + Fraction(1, 1000))
-            self.num_frames = max(1, math.ceil((end_s - Fraction(self._tolerance()).limit_denominator(10**6)) * self.fps))
+            self.num_frames = max(
+                1, math.ceil((end_s - Fraction(self._tolerance()).limit_denominator(10**6)) * self.fps)
+            )
         self.height, self.width = next(self._decode(1)).shape[:2]
 
     def __len__(self) -> int:
@@ -204,7 +217,10 @@ class VideoSource:
                     frame = next(decoder, None)
                 except av.error.FFmpegError as error:
                     raise self._error(
-                        f"is damaged after frame {decoded}", "frames that decode", str(error.strerror), "export it again"
+                        f"is damaged after frame {decoded}",
+                        "frames that decode",
+                        str(error.strerror),
+                        "export it again",
                     ) from error
                 if frame is None:
                     break
@@ -236,14 +252,10 @@ class VideoSource:
         width = max(1, round(frame.width * aspect)) if aspect else frame.width
         # Untagged video is BT.601 in standard definition and BT.709 above, as players take it.
         matrix = None if frame.colorspace != 2 or frame.height < 720 else "ITU709"
-        image = frame.reformat(
-            width=width, format="rgb24", src_colorspace=matrix, interpolation="BICUBIC"
-        ).to_ndarray()
-        matrix = next((s for s in frame.side_data if s.type.name == "DISPLAYMATRIX"), None) if frame.rotation or (
-            "DISPLAYMATRIX" in [s.type.name for s in frame.side_data]
-        ) else None
-        if matrix is not None:
-            image = _upright(image, np.frombuffer(bytes(matrix), "<i4").reshape(3, 3), self._error)
+        image = frame.reformat(width=width, format="rgb24", src_colorspace=matrix, interpolation="BICUBIC").to_ndarray()
+        turn = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+        if turn is not None:
+            image = _upright(image, np.frombuffer(bytes(turn), "<i4").reshape(3, 3), self._error)
         return np.ascontiguousarray(image)
 
     @contextlib.contextmanager
@@ -268,7 +280,9 @@ class VideoSource:
         for stream in container.streams.video:
             if "attached_pic" not in stream.disposition.name:
                 if stream.codec_context is None:
-                    raise self._error("has a codec that cannot be decoded", "e.g. H.264", "an unknown codec", "export as H.264")
+                    raise self._error(
+                        "has a codec that cannot be decoded", "e.g. H.264", "an unknown codec", "export as H.264"
+                    )
                 return stream
         found = "sound only" if container.streams.audio else "no video stream"
         raise self._error("has no pictures", "a video stream", found, "choose a video file")
@@ -276,7 +290,7 @@ class VideoSource:
     def _packet_times(
         self, container: av.container.InputContainer, stream: av.VideoStream
     ) -> tuple[list[Fraction], tuple[Fraction, Fraction], int]:
-        """(sorted times in seconds of the shown frames, (end of the pictures, end of everything), number of packets)."""
+        """(sorted times in seconds of shown frames, (end of the pictures, end of everything), number of packets)."""
         times, num_packets, picture_end, end = [], 0, Fraction(0), Fraction(0)
         rate = stream.guessed_rate or stream.average_rate or Fraction(25)
         try:
@@ -316,18 +330,26 @@ class VideoSource:
         """Compare what is there with what the header promises."""
         if stream.frames and num_packets < stream.frames and "mp4" in container.format.name:
             raise self._error(
-                "is cut short", f"{stream.frames} frames as its header says", str(num_packets), "copy or export it again"
+                "is cut short",
+                f"{stream.frames} frames as its header says",
+                str(num_packets),
+                "copy or export it again",
             )
         if container.duration and "matroska" in container.format.name:
             promised = Fraction(container.duration, av.time_base)
             if ends[1] < promised - Fraction(1, 2):
                 raise self._error(
-                    "is cut short", f"{float(promised):.1f} s as its header says", f"{float(ends[1]):.1f} s", "copy it again"
+                    "is cut short",
+                    f"{float(promised):.1f} s as its header says",
+                    f"{float(ends[1]):.1f} s",
+                    "copy it again",
                 )
 
     def _tolerance(self) -> float:
         """Seconds by which a time may be off because the container rounds to its ticks."""
-        return min(1.01 * self._tick + 1e-9, 0.25 / float(self.fps)) if hasattr(self, "fps") else 1.01 * self._tick + 1e-9
+        return (
+            min(1.01 * self._tick + 1e-9, 0.25 / float(self.fps)) if hasattr(self, "fps") else 1.01 * self._tick + 1e-9
+        )
 
     def _fits(self, seconds: np.ndarray, rate: Fraction) -> bool:
         """Whether times [n] are those of a constant rate."""
@@ -356,7 +378,12 @@ def _upright(image: np.ndarray, matrix: np.ndarray, error) -> np.ndarray:
     if max(straight, crossed) <= 0:
         return image
     if min(straight, crossed) > 0.02 * max(straight, crossed):
-        raise error("is turned by an odd angle", "a multiple of 90 degrees", f"matrix {a:g} {b:g} {c:g} {d:g}", "export it again")
+        raise error(
+            "is turned by an odd angle",
+            "a multiple of 90 degrees",
+            f"matrix {a:g} {b:g} {c:g} {d:g}",
+            "export it again",
+        )
     if crossed > straight:
         # x' = c*y, y' = b*x
         image, a, d = image.swapaxes(0, 1), c, b
@@ -383,7 +410,9 @@ class FrameFolder:
         self.path = Path(path)
         self.fps = fps
         if not self.path.is_dir():
-            raise MediaError(f"frame folder {path}", expected="a folder of pictures", found="no folder", action="check the path")
+            raise MediaError(
+                f"frame folder {path}", expected="a folder of pictures", found="no folder", action="check the path"
+            )
         files = [entry for entry in self.path.iterdir() if entry.suffix.lower() in PICTURE_SUFFIXES]
         self.files = sorted((f for f in files if not f.name.startswith(".")), key=natural_key)
         if not self.files:
@@ -445,7 +474,7 @@ class ArkitTable:
 def head_rotation(yaw: np.ndarray, pitch: np.ndarray, roll: np.ndarray) -> np.ndarray:
     """HeadYaw, HeadPitch, HeadRoll of Live Link Face, [T] in radians -> rotations [T,3,3] in canonical head space.
 
-    R = Ry(yaw) Rx(pitch) Rz(roll), right-handed about +y up, +x to the subject's left, +z out of the face. So a positive
+    R = Ry(yaw) Rx(pitch) Rz(roll), right-handed about +y up, +x to the subject's left, +z out of the face. A positive
     yaw turns the face to the subject's left, a positive pitch lowers the nose, a positive roll tilts the head to the
     subject's right shoulder. This follows from Unreal's ARKit plugin: it takes the face anchor (whose axes are ours) to
     Unreal axes (X = -z, Y = x, Z = y), reads an FRotator, and negates yaw and roll for a face that is not mirrored.
@@ -485,7 +514,9 @@ def read_arkit_csv(path: str | os.PathLike, fps: Fraction | None = None) -> Arki
     except (UnicodeDecodeError, csv.Error) as error:
         raise MediaError(f"CSV {path}", expected="text in UTF-8", found=str(error), action="export it again") from error
     if len(rows) < 2:
-        raise MediaError(f"CSV {path}", expected="a header and at least one row", found=f"{len(rows)} lines", action="record again")
+        raise MediaError(
+            f"CSV {path}", expected="a header and at least one row", found=f"{len(rows)} lines", action="record again"
+        )
     header = [name.strip().lower() for name in rows[0]]
     columns = {name: index for index, name in reversed(list(enumerate(header)))}
     missing = [name for name in ARKIT_NAMES if name.lower() not in columns]

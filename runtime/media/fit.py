@@ -30,7 +30,9 @@ def crop_box(text: str) -> Box:
     try:
         x, y, width, height = (float(part) for part in parts)
     except ValueError as error:
-        raise MediaError(f"crop {text!r}", expected="four numbers x,y,w,h in pixels", action="e.g. 420,60,600,600") from error
+        raise MediaError(
+            f"crop {text!r}", expected="four numbers x,y,w,h in pixels", action="e.g. 420,60,600,600"
+        ) from error
     if not np.isfinite([x, y, width, height]).all() or width < 1 or height < 1 or x < 0 or y < 0:
         raise MediaError(
             f"crop {text!r}", expected="x, y of 0 or more and w, h of 1 or more", action="e.g. 420,60,600,600"
@@ -42,7 +44,7 @@ def crop_box(text: str) -> Box:
 class Fit:
     """`output = (source - (left, top)) * scale + (x, y)`, the same scale in both directions, black where nothing lands.
 
-    crop: scaled so that the output is covered; the surplus is cut, half on either side, and `anchor_y` of it at the top.
+    crop: scaled so that the output is covered; the surplus is cut: half on either side, `anchor_y` of it at the top.
     pad: scaled so that everything is visible, black bars of equal width; up to one output pixel is cut at the edges so
     that bars begin at whole pixels without stretching.
     """
@@ -68,7 +70,7 @@ class Fit:
         anchor_y: float = 0.5,
         box: Box | None = None,
     ) -> Fit:
-        """How a source (or the `box` in it) goes into height x width pixels. MediaError for an unknown fit or a box outside."""
+        """How a source (or the `box` in it) goes into height x width pixels. MediaError: unknown fit, box outside."""
         if fit not in FITS:
             raise MediaError(f"fit {fit!r}", expected="crop or pad", action="use --fit crop or --fit pad")
         box = check_box(box, source_height, source_width)
@@ -99,7 +101,7 @@ class Fit:
         return output
 
     def intrinsics(self, K: np.ndarray) -> np.ndarray:
-        """K [...,3,3] in pixels of the source -> K in pixels of the output. Off-centre principal points stay off centre."""
+        """K [...,3,3] in pixels of the source -> of the output. Off-centre principal points stay off centre."""
         move = np.array(
             [
                 [self.scale, 0, self.x - self.left * self.scale],
@@ -124,13 +126,13 @@ def check_box(box: Box | None, height: int, width: int) -> Box:
 
 
 def resize(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """uint8 [H,W,3] -> [size,size,3], or [height,width,3] for a pair, antialiased. The caller answers for the aspect."""
+    """uint8 [H,W,3] -> [size,size,3], or [height,width,3] for a pair, antialiased. The caller keeps the aspect."""
     height, width = (size, size) if isinstance(size, int) else size
     return _resample(image, height, width, (0, 0, image.shape[1], image.shape[0]))
 
 
 def square_crop(image: np.ndarray, size: int, box: Box | None = None) -> np.ndarray:
-    """uint8 [H,W,3] -> [size,size,3]: the largest centred square of the frame, or of `box`. For the expression encoder."""
+    """uint8 [H,W,3] -> [size,size,3]: the largest centred square of the frame or `box`, for the expression encoder."""
     return Fit.between(image.shape[0], image.shape[1], size, size, box=box).apply(image)
 
 
@@ -143,4 +145,6 @@ def _resample(image: np.ndarray, height: int, width: int, box: tuple[float, floa
 
 def natural_key(path: str | Path) -> list:
     """Sort key under which frame2 comes before frame10."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part.lower()) for part in re.split(r"(\d+)", Path(path).name)]
+    return [
+        (1, int(part), "") if part.isdigit() else (0, 0, part.lower()) for part in re.split(r"(\d+)", Path(path).name)
+    ]

@@ -27,7 +27,9 @@ def open_mesh(path: str | os.PathLike) -> MeshNpz | MeshObjFolder:
         return MeshObjFolder(path)
     if path.suffix.lower() != ".npz" or not path.is_file():
         found = "another kind of file" if path.exists() else "no such file"
-        raise MediaError(f"mesh {path}", expected="a .npz file or a folder of .obj files", found=found, action="check the path")
+        raise MediaError(
+            f"mesh {path}", expected="a .npz file or a folder of .obj files", found=found, action="check the path"
+        )
     return MeshNpz(path)
 
 
@@ -57,7 +59,10 @@ class MeshNpz:
             shape = (1, *shape)
         if len(shape) != 3 or shape[2] != 3 or self._dtype.kind != "f" or 0 in shape:
             raise MediaError(
-                f"{where}: vertices", expected="floats [T,V,3]", found=f"{self._dtype} {list(shape)}", action="save it again"
+                f"{where}: vertices",
+                expected="floats [T,V,3]",
+                found=f"{self._dtype} {list(shape)}",
+                action="save it again",
             )
         self.num_frames, self.num_vertices = shape[0], shape[1]
         with np.load(self.path, allow_pickle=False) as archive:
@@ -120,7 +125,7 @@ class MeshObjFolder:
             if len(vertices) != self.num_vertices or not np.array_equal(faces, self.faces):
                 raise MediaError(
                     f"mesh {file}",
-                    expected=f"the topology of {self.files[0].name}: {self.num_vertices} vertices, {len(self.faces)} triangles",
+                    expected=f"{self.num_vertices} vertices, {len(self.faces)} triangles like {self.files[0].name}",
                     found=f"{len(vertices)} vertices, {len(faces)} triangles, or another order",
                     action="export all frames from the same mesh",
                 )
@@ -162,7 +167,9 @@ class PosedHead:
                 action="take the head.npz of the bundle",
             )
         if pivot.shape != (3,) or not np.isfinite(pivot).all():
-            raise MediaError(f"{where}: pivot", expected="3 numbers", found=f"{list(pivot.shape)}", action="take the bundle's")
+            raise MediaError(
+                f"{where}: pivot", expected="3 numbers", found=f"{list(pivot.shape)}", action="take the bundle's"
+            )
         self.faces = check_faces(where, faces, len(self._vertices))
         self.num_vertices = len(self._vertices)
         self._weights, self._pivot = weights[:, None], pivot
@@ -212,7 +219,9 @@ def check_vertices(where: str, vertices: np.ndarray) -> np.ndarray:
     """[V,3] -> float32 [V,3], finite. MediaError otherwise."""
     vertices = np.asarray(vertices)
     if vertices.ndim != 2 or vertices.shape[1] != 3 or not len(vertices):
-        raise MediaError(f"{where}: vertices", expected="[V,3]", found=f"{list(vertices.shape)}", action="save the mesh again")
+        raise MediaError(
+            f"{where}: vertices", expected="[V,3]", found=f"{list(vertices.shape)}", action="save the mesh again"
+        )
     if not np.isfinite(vertices).all():
         bad = int(np.flatnonzero(~np.isfinite(vertices).all(axis=1))[0])
         raise MediaError(
@@ -232,7 +241,9 @@ def check_faces(where: str, faces: np.ndarray, num_vertices: int) -> np.ndarray:
             action="triangulate the mesh",
         )
     if not len(faces):
-        raise MediaError(f"{where}: faces", expected="at least one triangle", found="none", action="export the faces too")
+        raise MediaError(
+            f"{where}: faces", expected="at least one triangle", found="none", action="export the faces too"
+        )
     if faces.min() < 0 or faces.max() >= num_vertices:
         bad = int(faces.max()) if faces.max() >= num_vertices else int(faces.min())
         raise MediaError(

@@ -36,7 +36,7 @@ def render_normals(
     supersample: wp.int32,
     image: wp.array3d(dtype=wp.uint8),
 ):
-    """One thread per pixel: mean colour of supersample x supersample rays through the pixel's cells -> image [H,W,3]."""
+    """One thread per pixel: mean colour of supersample x supersample rays through its cells -> image [H,W,3]."""
     row, column = wp.tid()
     colour = wp.vec3(0.0, 0.0, 0.0)
     for i in range(supersample):

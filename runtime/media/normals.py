@@ -37,7 +37,11 @@ class NormalRenderer:
                 found="no package warp-lang",
                 action='run: pip install "factorportrait[mesh]"',
             ) from error
-        wp.config.quiet = True
+        # Standard output belongs to the program. Older versions know `quiet`, newer ones `log_level`.
+        if hasattr(wp.config, "log_level"):
+            wp.config.log_level = max(wp.config.log_level, wp.LOG_WARNING)
+        else:
+            wp.config.quiet = True
         wp.init()
         try:
             self._device = wp.get_device(device)
@@ -55,7 +59,7 @@ class NormalRenderer:
         self._image = wp.empty((height, width, 3), dtype=wp.uint8, device=self._device)
 
     def __call__(self, vertices: np.ndarray, faces: np.ndarray, K: np.ndarray, c2w: np.ndarray) -> np.ndarray:
-        """vertices [V,3] in metres in head space, faces [F,3], K [3,3] in pixels of the output, c2w [4,4] -> uint8 [H,W,3].
+        """Mesh [V,3], [F,3] in metres in head space, K [3,3] in pixels of the output, c2w [4,4] -> uint8 [H,W,3].
 
         Raises:
             MediaError: vertices that are not finite, face indices out of range.
@@ -119,7 +123,9 @@ class NormalVideo:
         MediaError: what VideoSource refuses, or a first frame that is no normal map.
     """
 
-    def __init__(self, path: str | os.PathLike, height: int, width: int, fps: Fraction | None = None, fit: str = "crop"):
+    def __init__(
+        self, path: str | os.PathLike, height: int, width: int, fps: Fraction | None = None, fit: str = "crop"
+    ):
         self._video = VideoSource(path, fps)
         self.path, self.fps, self.num_frames = self._video.path, self._video.fps, self._video.num_frames
         self._fit = Fit.between(self._video.height, self._video.width, height, width, fit)

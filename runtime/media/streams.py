@@ -15,7 +15,7 @@ ENDS = ("stop", "loop", "hold")
 class Stream:
     """One item per output frame. `items` is started anew by every `iter()`; at most one item is kept.
 
-    end: what happens after the last item: `stop` ends the whole clip, `loop` begins again, `hold` repeats the last item.
+    end: what happens after the last item: `stop` ends the clip, `loop` begins again, `hold` repeats the last item.
     num_items: the length where it is known.
     """
 

@@ -39,9 +39,9 @@ class VideoWriter:
     folder of frame_000000.png when `path` ends with a slash or is a folder. Frame k lies at exactly k/fps. Odd widths
     and heights get one more column or row, a copy of the last, because 4:2:0 needs even sizes.
 
-    While frames come they go into a hidden `.part` file beside `path` that is playable at any moment (fragmented mp4, or
-    mkv, webm). `close()` copies its packets, without encoding again, into a plain file with the index in front and adds
-    the sound; only that gets the final name. After KeyboardInterrupt what was rendered is kept under the final name as
+    While frames come they go into a hidden `.part` file beside `path` that is playable at any moment (fragmented mp4,
+    or mkv, webm). `close()` copies its packets, without encoding again, into a plain file with the index in front
+    and adds the sound; only that gets the final name. After KeyboardInterrupt what was rendered is kept under the final name as
     well; after any other exception under `<stem>.partial<suffix>`, and nothing else is left.
 
     Sound: the first audio stream of `audio_from`, cut to the length of the video and kept at its place in time: copied
@@ -86,7 +86,10 @@ class VideoWriter:
             if self._as_folder:
                 if self.path.is_dir() and any(self.path.iterdir()):
                     raise MediaError(
-                        f"output folder {text}", expected="a new or empty folder", found="files in it", action="choose another --output"
+                        f"output folder {text}",
+                        expected="a new or empty folder",
+                        found="files in it",
+                        action="choose another --output",
                     )
                 self._part.mkdir(parents=True)
             else:
@@ -182,7 +185,9 @@ class VideoWriter:
         self._closed = True
         if self.num_frames == 0:
             self._discard()
-            raise MediaError(f"output {self.path}", expected="at least one frame", found="none", action="check the inputs")
+            raise MediaError(
+                f"output {self.path}", expected="at least one frame", found="none", action="check the inputs"
+            )
         final = part_path(self.path)
         try:
             if self._as_folder:
@@ -301,7 +306,7 @@ class _Sound:
                 if start >= self._end:
                     return
                 continue
-            # Encoder priming before 0 is kept where it is at most a few packets long; sound from before the video is not.
+            # Encoder priming (a few packets) before 0 is kept; sound from before the video is not.
             if start + length <= Fraction(-1, 10):
                 continue
             packet.stream = self._stream
@@ -310,13 +315,17 @@ class _Sound:
     def _encoded(self, rate: int, layout: str):
         """Decode, put every sample at its place on the clock, cut at the end exactly, encode again."""
         context = self._stream.codec_context
-        resampler = av.AudioResampler(format=context.format.name if context.format else "fltp", layout=layout, rate=rate)
+        resampler = av.AudioResampler(
+            format=context.format.name if context.format else "fltp", layout=layout, rate=rate
+        )
         wanted = math.floor(self._end * rate)
         fifo = av.AudioFifo()
         position = 0
 
         def put(samples: np.ndarray) -> None:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format=resampler.format.name, layout=layout)
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(samples), format=resampler.format.name, layout=layout
+            )
             frame.sample_rate = rate
             fifo.write(frame)
 
@@ -414,7 +423,9 @@ def compose_side_by_side(reference: np.ndarray, driving: np.ndarray, output: np.
     """
     height = output.shape[0]
     parts = [
-        part if part.shape[0] == height else resize(part, (height, max(1, round(part.shape[1] * height / part.shape[0]))))
+        part
+        if part.shape[0] == height
+        else resize(part, (height, max(1, round(part.shape[1] * height / part.shape[0]))))
         for part in (reference, driving, output)
     ]
     width = sum(part.shape[1] for part in parts)
