@@ -86,8 +86,8 @@ class Timeline:
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees only past frames. The weight is `[O, C, kt, kh, kw]`, as in the original.
 
-    `conv_impl` chooses how it is computed, with equal results: "conv2d" stacks the kt frames on channels, which is
-    faster on CPUs; "conv3d" is the plain form.
+    `conv_impl` chooses how it is computed, with equal results. "conv2d" stacks the kt frames on channels, which ONNX
+    Runtime's CPU kernels like better; "conv3d" is the plain form, a little faster in PyTorch's training.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=1, padding: int = 0):
@@ -136,7 +136,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, h, w]."""
         # Squares are summed in fp32: fp16 would overflow, and bf16 is too coarse.
-        power = x.float().square().mean(dim=1, keepdim=True)
+        values = x.float()
+        power = (values * values).mean(dim=1, keepdim=True)
         scale = power.clamp(min=NORM_FLOOR_SQUARED / x.shape[1]).rsqrt()
         return x * scale.to(x.dtype) * self.gamma.view(-1, 1, 1).to(x.dtype)
 
@@ -316,6 +317,7 @@ class Decoder(nn.Module):
 class VideoVAE(nn.Module):
     """Causal video VAE. Frames are -1..1, latents normalised with the config's mean and standard deviation.
 
+    Frames and latents are float32 on both sides; caches have the type of the parameters.
     `encode_*` and `decode_*` of streaming are functions of frames and caches alone; nothing is kept on the module.
     Caches are lists in the order of the calls inside; `cache.i` in a graph is item i. `[n*B, C, h, w]`, time outermost.
     """
@@ -328,7 +330,8 @@ class VideoVAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
         # On the CPU even when the parameters are built on `meta`: a state dict does not bring them.
-        mean, std = config.latents_mean or [0.0] * config.z_dim, config.latents_std or [1.0] * config.z_dim
+        mean = config.latents_mean or [0.0] * config.z_dim
+        std = config.latents_std or [1.0] * config.z_dim
         for name, values in (("latents_mean", mean), ("latents_std", std)):
             values = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -429,6 +432,7 @@ class VideoVAE(nn.Module):
         # Channels of a packed cell are ordered colour, column, row, as in diffusers.
         packed = frames.reshape(batch, channels, time, height // p, p, width // p, p)
         packed = packed.permute(2, 0, 1, 6, 4, 3, 5).reshape(time * batch, channels * p * p, height // p, width // p)
+        packed = packed.to(self.conv1.weight.dtype)
         moments = self.conv1(self.encoder(packed, timeline), timeline).float()
         mean, logvar = moments.unflatten(0, (-1, batch)).permute(1, 2, 0, 3, 4).chunk(2, dim=1)
         return (mean - self.latents_mean[:, None]) / self.latents_std[:, None], logvar
@@ -437,7 +441,8 @@ class VideoVAE(nn.Module):
         """latents [B, z, F, h, w] -> frames [B, 3, T, H, W]."""
         batch = latents.shape[0]
         rows = latents.permute(2, 0, 1, 3, 4).flatten(0, 1) * self.latents_std + self.latents_mean
-        packed = self.decoder(self.conv2(rows, timeline), timeline)
+        rows = rows.to(self.conv2.weight.dtype)
+        packed = self.decoder(self.conv2(rows, timeline), timeline).float()
         p = self.config.pixel_patch
         frames = packed.reshape(-1, batch, self.config.out_channels, p, p, *packed.shape[2:])
         frames = frames.permute(1, 2, 0, 5, 4, 6, 3)

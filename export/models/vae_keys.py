@@ -72,7 +72,7 @@ def config_from_diffusers(data: Mapping[str, Any], where: str) -> VAEConfig:
 
 
 def config_to_diffusers(config: VAEConfig) -> dict[str, Any]:
-    """Arguments of AutoencoderKLWan for the same structure. It leaves the mean and deviation of latents to its caller."""
+    """Arguments of AutoencoderKLWan for the same structure. Its caller has to apply `latents_mean` and `latents_std`."""
     packing = config.pixel_patch**2
     return {
         "base_dim": config.base_dim,

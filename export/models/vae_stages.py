@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from factorportrait.export.models.vae import VideoVAE
 from factorportrait.export.stages import Stage
-from torch import Tensor, nn
 
 
 class _FirstStage(nn.Module):
@@ -48,7 +49,7 @@ def vae_stages(vae: VideoVAE, height: int, width: int) -> list[Stage]:
         indices = [index for index, name in enumerate(steady) if name in first]
 
         def example(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+            return torch.zeros(shape, device=parameter.device)
 
         def example_input(num_frames: int, direction: str = direction) -> Tensor:
             if direction == "encode":
@@ -68,7 +69,10 @@ def vae_stages(vae: VideoVAE, height: int, width: int) -> list[Stage]:
             Stage(
                 name=f"vae_{direction}_steady",
                 module=_SteadyStage(vae, f"{direction}_steady").eval(),
-                args=(example_input(config.temporal_stride), *(example(*shape) for shape in steady.values())),
+                args=(
+                    example_input(config.temporal_stride),
+                    *(example(*shape).to(parameter.dtype) for shape in steady.values()),
+                ),
                 input_names=[x_name, *(f"cache_in.{index}" for index in range(len(steady)))],
                 output_names=[y_name, *(f"cache_out.{index}" for index in range(len(steady)))],
             )
