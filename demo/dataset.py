@@ -1,0 +1,200 @@
+"""Render clips for training: python -m demo.dataset --out DIR --clips N --frames 29 --size 128 --seed S --split train.
+
+A shard holds `CLIPS_PER_SHARD` clips in one .npz (deflate level 1): n clips, T frames, size x size pixels.
+
+| array | shape, type |
+|---|---|
+| frames, normals | [n, T, H, W, 3] uint8 |
+| portrait, portrait_normals | [n, H, W, 3] uint8 |
+| coefficients | [n, T, 52] float32, order of demo.world.head.ARKIT_NAMES |
+| rotation, translation | [n, T, 3, 3], [n, T, 3] float32: head pose about the neck pivot, metres |
+| K, c2w | [n, T, 3, 3], [n, T, 4, 4] float64, OpenCV, canonical head space |
+| portrait_coefficients, _rotation, _translation, _K, _c2w | the same without T |
+| kind | [n] int8, index into demo.world.motion.KINDS |
+| identity, scene | [n] JSON text: Identity.to_dict(), Scene.to_dict() |
+
+Every clip has its own person. A run can be stopped and started again: finished shards are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # one thread per worker process: two that share the cores fight each other
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import multiprocessing  # noqa: E402
+import time  # noqa: E402
+import zipfile  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from demo.world.appearance import Appearance, Identity, Scene  # noqa: E402
+from demo.world.motion import KINDS, sample_clip, sample_portrait  # noqa: E402
+from demo.world.render import Renderer  # noqa: E402
+
+CLIPS_PER_SHARD = 16
+_SPLIT_CODES = {"train": 11, "val": 12, "test": 13}
+_renderers: dict[tuple[int, int], Renderer] = {}
+
+
+def renderer_for(height: int, width: int) -> Renderer:
+    """One renderer per size and process."""
+    if (height, width) not in _renderers:
+        _renderers[height, width] = Renderer(height, width)
+    return _renderers[height, width]
+
+
+def render_clip(
+    identity: Identity,
+    coefficients: np.ndarray,
+    head_rotation: np.ndarray,
+    head_translation: np.ndarray,
+    K: np.ndarray,
+    c2w: np.ndarray,
+    scene: Scene | None = None,
+    height: int = 128,
+    width: int = 128,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Any combination of a person, expressions [T, 52], head poses [T, 3, 3] + [T, 3] and cameras [T, 3, 3] + [T, 4, 4]
+    -> frames and normal maps, both uint8 [T, H, W, 3]. Without a scene: studio light, black background."""
+    head = identity.head()
+    renderer = renderer_for(height, width)
+    renderer.set_appearance(Appearance(identity, head, scene or Scene.studio()))
+    pairs = [
+        renderer.pair(head, *values)
+        for values in zip(coefficients, head_rotation, head_translation, K, c2w, strict=True)
+    ]
+    return np.stack([rgb for rgb, _ in pairs]), np.stack([normal for _, normal in pairs])
+
+
+def make_clip(split: str, seed: int, index: int, frames: int, size: int) -> dict[str, np.ndarray]:
+    """Clip number `index` of a split -> the arrays of one clip (see the module's table, without n)."""
+    rng = np.random.default_rng([_SPLIT_CODES[split], seed, index])
+    identity = Identity.sample(seed * 1_000_000 + index, split)
+    head, scene = identity.head(), Scene.sample(rng)
+    clip = sample_clip(rng, head, frames, size, size)
+    still = sample_portrait(rng, head, size, size)
+    fields = ("coefficients", "rotation", "translation", "K", "c2w")
+    both = [np.concatenate([getattr(still, name), getattr(clip, name)]) for name in fields]
+    rgb, normals = render_clip(identity, *both, scene=scene, height=size, width=size)
+    out = {"frames": rgb[1:], "normals": normals[1:], "portrait": rgb[0], "portrait_normals": normals[0]}
+    for name, values in zip(fields, both, strict=True):
+        values = values.astype(np.float64 if name in ("K", "c2w") else np.float32)
+        out[name], out["portrait_" + name] = values[1:], values[0]
+    out["kind"] = np.int8(KINDS.index(clip.kind))
+    out["identity"], out["scene"] = json.dumps(identity.to_dict()), json.dumps(scene.to_dict())
+    return out
+
+
+def write_shard(path: Path, clips: list[dict[str, np.ndarray]]) -> None:
+    """Stack clips and write them under a temporary name, then rename."""
+    temporary = path.with_name(f"{path.name}.part.{os.getpid()}")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in clips[0]:
+            with archive.open(name + ".npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.stack([clip[name] for clip in clips]), allow_pickle=False)
+    os.replace(temporary, path)
+
+
+def load_shard(path: Path | str) -> dict[str, np.ndarray]:
+    """One shard as a dict of arrays."""
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def shard_paths(folder: Path | str) -> list[Path]:
+    """Finished shards of a folder, in order."""
+    return sorted(Path(folder).glob("shard-*.npz"))
+
+
+def iterate_clips(folder: Path | str) -> Iterator[dict[str, np.ndarray]]:
+    """Clips of a folder one by one, each a dict without the leading axis n."""
+    for path in shard_paths(folder):
+        shard = load_shard(path)
+        for i in range(len(shard["kind"])):
+            yield {name: values[i] for name, values in shard.items()}
+
+
+def _make_shard(job: tuple) -> tuple[int, float]:
+    path, split, seed, start, count, frames, size = job
+    began = time.perf_counter()
+    write_shard(path, [make_clip(split, seed, start + i, frames, size) for i in range(count)])
+    return count, time.perf_counter() - began
+
+
+def render_dataset(
+    out: Path, clips: int, frames: int = 29, size: int = 128, seed: int = 0, split: str = "train", workers: int = 1
+) -> None:
+    """Render the shards that are not there yet; prints a line per shard with rate and remaining time."""
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"frames": frames, "size": size, "seed": seed, "split": split, "clips_per_shard": CLIPS_PER_SHARD}
+    note = out / "dataset.json"
+    if note.exists() and json.loads(note.read_text()) != settings:
+        raise SystemExit(f"{note} holds {note.read_text().strip()}, this run asks for {settings}: choose another --out")
+    temporary = note.with_name(f"dataset.json.part.{os.getpid()}")
+    temporary.write_text(json.dumps(settings) + "\n")
+    os.replace(temporary, note)
+    jobs = [
+        (
+            out / f"shard-{start // CLIPS_PER_SHARD:05d}.npz",
+            split,
+            seed,
+            start,
+            min(CLIPS_PER_SHARD, clips - start),
+            frames,
+            size,
+        )
+        for start in range(0, clips, CLIPS_PER_SHARD)
+    ]
+    waiting = [job for job in jobs if not job[0].exists()]
+    print(
+        f"{len(jobs) - len(waiting)} of {len(jobs)} shards are there; rendering {len(waiting)} with {workers} workers",
+        flush=True,
+    )
+    if not waiting:
+        return
+    began, done, total = time.perf_counter(), 0, sum(job[4] for job in waiting)
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        spent = time.perf_counter() - began
+        rate = done * (frames + 1) / spent
+        print(f"{done}/{total} clips  {rate:.0f} pairs/s  ETA {(total - done) * spent / done:.0f} s", flush=True)
+
+    if workers <= 1:
+        for job in waiting:
+            report(_make_shard(job)[0])
+        return
+    render_clip(Identity.sample(0), *_one_frame())  # compile the kernels once, before the workers start
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for count, _ in pool.imap_unordered(_make_shard, waiting):
+            report(count)
+
+
+def _one_frame() -> tuple[np.ndarray, ...]:
+    still = sample_portrait(np.random.default_rng(0), Identity.sample(0).head(), 128, 128)
+    return still.coefficients, still.rotation, still.translation, still.K, still.c2w
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", type=int, required=True)
+    parser.add_argument(
+        "--frames", type=int, default=29, help="frames per clip, 4n + 1 fits the latent frames (default 29)"
+    )
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--split", choices=("train", "val", "test"), default="train")
+    render_dataset(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A small world of rendered people: head model, appearance, renderer and motion."""
