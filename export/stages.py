@@ -1,10 +1,29 @@
-"""The stages of a system: the functions that become graphs, with names, example inputs and symbolic sizes."""
+"""The stages of a system: the functions that become graphs, with names, example inputs and symbolic sizes.
+
+The batch is fixed to 1 but for the two encoders: the sets of guidance have a cache each and run one after another, and
+`RotaryEmbedding` wants its tables once per item of the batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from factorportrait.arkit import ARKIT_NAMES
+from factorportrait.model_config import FRAMES_PER_LATENT
+
+if TYPE_CHECKING:
+    from factorportrait.export.models.dit import WanDiT
+    from factorportrait.export.models.expression import ExpressionController
+    from factorportrait.export.models.factorportrait import FactorPortrait
+
+# Sizes of the example inputs. Not 0 or 1: the exporter takes those for constants.
+EXAMPLE_BATCH, EXAMPLE_FRAMES, EXAMPLE_PAST, EXAMPLE_TEXT = 2, 3, 5, 7
 
 
 @dataclass
@@ -22,3 +41,294 @@ class Stage:
     input_names: list[str]
     output_names: list[str]
     dynamic_shapes: dict | None = None
+
+
+class Call(nn.Module):
+    """A method of a module as a module of its own, for the exporter."""
+
+    def __init__(self, module: nn.Module, method: Callable):
+        super().__init__()
+        self.module = module
+        self.method = method.__name__
+
+    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What the method returns."""
+        return getattr(self.module, self.method)(*args)
+
+
+class ControllerStage(nn.Module):
+    """codes [B,4N,E], the state's tensors -> expression_modulation [B,N,6,D], the next state's tensors."""
+
+    def __init__(self, controller: ExpressionController):
+        super().__init__()
+        self.controller = controller
+
+    def forward(self, codes: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        modulation, state = self.controller(codes, list(state))
+        return (modulation, *state)
+
+
+class ConditionStage(nn.Module):
+    """reference_latents, pose_latents [B,C,F,h,w], rays [B,6 or 24,F,h,w] -> condition_tokens [B,F,T,D]."""
+
+    def __init__(self, dit: WanDiT):
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, reference_latents: Tensor, pose_latents: Tensor, rays: Tensor) -> Tensor:
+        """See the class."""
+        return self.dit.embed_conditions(reference_latents, rays, pose_latents)
+
+
+class TextStage(nn.Module):
+    """text [B,L,text_dim] -> keys and values [B,L,D] of every block."""
+
+    def __init__(self, dit: WanDiT):
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        return tuple(tensor for pair in self.dit.embed_text(text) for tensor in pair)
+
+
+class DiTRange(nn.Module):
+    """Blocks `start` up to `end` of the transformer: the first range embeds the noise, the last one has the head.
+
+    Inputs and outputs by name: `input_names` and `output_names`; blocks keep their number in the whole.
+    """
+
+    def __init__(self, dit: WanDiT, start: int, end: int):
+        super().__init__()
+        if not 0 <= start < end <= len(dit.blocks):
+            raise ValueError(f"blocks: expected 0 <= start < end <= {len(dit.blocks)}, found {start} and {end}")
+        self.dit, self.start, self.end = dit, start, end
+        self.first, self.last = start == 0, end == len(dit.blocks)
+
+    @property
+    def input_names(self) -> list[str]:
+        """In the order of `forward`."""
+        names = ["noise_latents", "condition_tokens"] if self.first else ["hidden_states"]
+        names += ["expression_modulation"] + (["temb"] if self.last else [])
+        names += ["timestep_proj", "positions", "past_positions", *self._per_block("past")]
+        return names + (self._per_block("text") if self.dit.config.text_dim is not None else [])
+
+    @property
+    def output_names(self) -> list[str]:
+        """In the order that `forward` returns."""
+        return ["velocity" if self.last else "hidden_states", *self._per_block("new")]
+
+    def _per_block(self, prefix: str) -> list[str]:
+        return [f"{prefix}_{part}.{block}" for block in range(self.start, self.end) for part in "kv"]
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        """Shapes as in DESIGN.md, `hidden_states` [B,F,T,D]."""
+        given = dict(zip(self.input_names, args, strict=True))
+        blocks = range(self.start, self.end)
+        past_kv, text_kv = (
+            [(given[f"{prefix}_k.{block}"], given[f"{prefix}_v.{block}"]) for block in blocks]
+            if f"{prefix}_k.{self.start}" in given
+            else None
+            for prefix in ("past", "text")
+        )
+        dit = self.dit
+        if self.first:
+            x = dit.embed_noise(given["noise_latents"]) + given["condition_tokens"]
+        else:
+            x = given["hidden_states"]
+        modulation = given["timestep_proj"].float() + given["expression_modulation"].float()
+        rotary = dit.rotary_pair(given["positions"], given["past_positions"])
+        x, new_kv = dit.run_blocks(dit.blocks[self.start : self.end], x, modulation, rotary, past_kv, text_kv)
+        if self.last:
+            x = dit.unpatchify(dit.head(x, given["temb"]))
+        return (x, *(tensor for pair in new_kv for tensor in pair))
+
+
+class Examples:
+    """Seeded inputs that look like real ones: smooth pictures, latents of order one, sparse coefficients."""
+
+    def __init__(self, model: FactorPortrait, seed: int = 0):
+        self.model, self.config = model, model.config
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Independent normal numbers."""
+        return torch.randn(shape, generator=self.generator)
+
+    def pictures(self, *shape: int) -> Tensor:
+        """[..., 3, H, W] in -1..1: smooth colours and a little noise."""
+        *leading, height, width = shape
+        coarse = torch.randn((1, torch.Size(leading).numel(), 5, 5), generator=self.generator)
+        smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True).reshape(shape)
+        return (0.4 * smooth + 0.05 * self.normal(*shape)).clamp(-1, 1)
+
+    def latents(self, frames: int) -> Tensor:
+        """[1,C,F,h,w]."""
+        return self.normal(1, self.config.vae.z_dim, frames, self.config.latent_height, self.config.latent_width)
+
+    def rays(self, frames: int) -> Tensor:
+        """[1,6 or 24,F,h,w]: moments and unit directions."""
+        shape = (1, self.config.fusion.ray_channels // 6, 3, frames, self.config.latent_height, self.config.latent_width)
+        directions = F.normalize(self.normal(*shape) * 0.2 + torch.tensor([0.0, 0.0, -1.0]).view(3, 1, 1, 1), dim=2)
+        return torch.cat([0.9 * self.normal(*shape) * 0.2, directions], dim=2).flatten(1, 2)
+
+    def coefficients(self, batch: int) -> Tensor:
+        """[B,52] in 0..1, most of them 0."""
+        return (self.normal(batch, len(ARKIT_NAMES)) * 0.4 - 0.2).clamp(0, 1)
+
+    def timesteps(self, frames: int) -> Tensor:
+        """[1,F] in 0..1000."""
+        return (torch.rand((1, frames), generator=self.generator) * 1000).round()
+
+    def codes(self, frames: int) -> Tensor:
+        """[1,4F,E], slowly changing."""
+        steps = self.normal(1, FRAMES_PER_LATENT * frames, self.config.expression.code_dim)
+        return steps.cumsum(1) / (1 + torch.arange(steps.shape[1])).sqrt()[:, None]
+
+
+def condition_inputs(model: FactorPortrait, frames: int, seed: int = 0) -> dict[str, Tensor]:
+    """Inputs of `condition_embed` for F latent frames: the first has the reference, the others pose and rays."""
+    make = Examples(model, seed)
+    reference, pose, rays = make.latents(frames), make.latents(frames), make.rays(frames)
+    if frames > 1:
+        reference[:, :, 1:], pose[:, :, :1], rays[:, :, :1] = 0, 0, 0
+    return {"reference_latents": reference, "pose_latents": pose, "rays": rays}
+
+
+def dit_inputs(
+    model: FactorPortrait,
+    frames: int,
+    past: int,
+    seed: int = 0,
+    noise_latents: Tensor | None = None,
+    conditions: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Inputs of `dit` for F latent frames that see P cached ones, made by the networks that feed it.
+
+    Args:
+        model: in fp32 on the CPU.
+        frames, past: F and P.
+        seed: of everything that is drawn.
+        noise_latents: [1,C,F,h,w]; None draws them.
+        conditions: inputs of `condition_embed` for F latent frames; None draws them.
+    """
+    make = Examples(model, seed)
+    dit, controller, config = model.dit, model.expression["controller"], model.config.dit
+    with torch.no_grad():
+        temb, timestep_proj = dit.embed_time(make.timesteps(frames))
+        codes = make.codes(frames)
+        modulation, _ = controller(codes, controller.initial_state(codes[:, 0]))
+        tokens = ConditionStage(dit)(**(conditions or condition_inputs(model, frames, seed)))
+        inputs = {
+            "noise_latents": make.latents(frames) if noise_latents is None else noise_latents,
+            "condition_tokens": tokens,
+            "expression_modulation": modulation,
+            "temb": temb,
+            "timestep_proj": timestep_proj,
+            "positions": torch.arange(past, past + frames),
+            "past_positions": torch.arange(past),
+        }
+        text_kv = None
+        if config.text_dim is not None:
+            text_kv = dit.embed_text(make.normal(1, EXAMPLE_TEXT, config.text_dim))
+        # Keys and values that these blocks would have kept of P earlier frames.
+        earlier = max(past, 1)
+        old = make.codes(earlier)
+        old_temb, old_proj = dit.embed_time(torch.zeros(1, earlier))
+        _, kept = dit(
+            make.latents(earlier), ConditionStage(dit)(**condition_inputs(model, earlier, seed + 1)),
+            controller(old, controller.initial_state(old[:, 0]))[0], old_temb, old_proj,
+            torch.arange(earlier), text_kv=text_kv,
+        )  # fmt: skip
+    for prefix, pairs in (("past", kept), ("text", text_kv)):
+        for i, (k, v) in enumerate(pairs or []):
+            length = past if prefix == "past" else k.shape[1]
+            inputs[f"{prefix}_k.{i}"], inputs[f"{prefix}_v.{i}"] = k[:, :length], v[:, :length]
+    return inputs
+
+
+# Symbolic sizes of the transformer's inputs: axis -> name.
+_DIT_SHAPES = {
+    "noise_latents": {2: "F"},
+    "condition_tokens": {1: "F"},
+    "hidden_states": {1: "F"},
+    "expression_modulation": {1: "F"},
+    "temb": {1: "F"},
+    "timestep_proj": {1: "F"},
+    "positions": {0: "F"},
+    "past_positions": {0: "P"},
+    "past_k": {1: "P"},
+    "past_v": {1: "P"},
+    "text_k": {1: "L"},
+    "text_v": {1: "L"},
+}
+
+
+def dit_stage(model: FactorPortrait, start: int = 0, end: int | None = None) -> Stage:
+    """The transformer, or a range of its blocks: the output `hidden_states` of one range is the input of the next.
+
+    Args:
+        start, end: the first block and the one after the last; None for all that follow.
+    """
+    end = len(model.dit.blocks) if end is None else end
+    module = DiTRange(model.dit, start, end).eval()
+    inputs = dit_inputs(model, EXAMPLE_FRAMES, EXAMPLE_PAST)
+    if start:
+        before = DiTRange(model.dit, 0, start)
+        with torch.no_grad():
+            inputs["hidden_states"] = before(*(inputs[name] for name in before.input_names))[0]
+    whole = module.first and module.last
+    return Stage(
+        name="dit" if whole else f"dit_{start}_{end}",
+        module=module,
+        args=tuple(inputs[name] for name in module.input_names),
+        input_names=module.input_names,
+        output_names=module.output_names,
+        dynamic_shapes={name: _DIT_SHAPES[name.split(".")[0]] for name in module.input_names},
+    )
+
+
+def stages_of(model: FactorPortrait) -> list[Stage]:
+    """Every row of DESIGN.md's stage table, in its order; a checkpoint with text has `text_embed` in addition."""
+    # Here, because that module imports this one.
+    from factorportrait.export.models.vae_stages import vae_stages
+
+    config, make = model.config, Examples(model)
+    encoder, controller, dit = model.expression["encoder"], model.expression["controller"], model.dit
+    states = [make.normal(1, *shape) for shape in controller.state_shapes()]
+    conditions = condition_inputs(model, EXAMPLE_FRAMES)
+    side = config.expression.image_size
+    stages = vae_stages(model.vae, config.height, config.width)
+    stages += [
+        Stage(
+            "expression_encoder", Call(encoder, encoder.forward), (make.pictures(EXAMPLE_BATCH, 3, side, side),),
+            ["image"], ["code"], {"image": {0: "B"}},
+        ),
+        Stage(
+            "arkit_encoder", model.expression["arkit"], (make.coefficients(EXAMPLE_BATCH),),
+            ["coefficients"], ["code"], {"coefficients": {0: "B"}},
+        ),
+        Stage(
+            "expression_controller", ControllerStage(controller), (make.codes(EXAMPLE_FRAMES), *states),
+            ["codes", *(f"state_in.{i}" for i in range(len(states)))],
+            ["expression_modulation", *(f"state_out.{i}" for i in range(len(states)))],
+            {"codes": {1: "4*N"}},
+        ),
+        Stage(
+            "condition_embed", ConditionStage(dit), tuple(conditions.values()),
+            list(conditions), ["condition_tokens"], {name: {2: "F"} for name in conditions},
+        ),
+        Stage(
+            "time_embed", Call(dit, dit.embed_time), (make.timesteps(EXAMPLE_FRAMES),),
+            ["timesteps"], ["temb", "timestep_proj"], {"timesteps": {1: "F"}},
+        ),
+    ]  # fmt: skip
+    if config.dit.text_dim is not None:
+        names = [f"text_{part}.{i}" for i in range(config.dit.num_layers) for part in "kv"]
+        text = make.normal(1, EXAMPLE_TEXT, config.dit.text_dim)
+        stages.append(Stage("text_embed", TextStage(dit), (text,), ["text"], names, {"text": {1: "L"}}))
+    stages.append(dit_stage(model))
+    for stage in stages:
+        stage.module.eval()
+    return stages

@@ -278,7 +278,7 @@ class WanDiT(nn.Module):
         text_kv: list[tuple[Tensor, Tensor]] | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """x [B,F,T,D] through `blocks`, with one item of past_kv and text_kv per block -> x, and per block the new keys and values."""
+        """x [B,F,T,D] through `blocks` -> x, and per block the new keys and values; past_kv and text_kv have one item per block."""
         new_kv = []
         for i, block in enumerate(blocks):
             x, k, v = block(

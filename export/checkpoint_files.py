@@ -1,0 +1,52 @@
+"""Which files a checkpoint has. No torch here, so that an export with nothing to do ends at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from factorportrait.errors import CheckpointError
+from factorportrait.model_config import ModelConfig
+
+CONFIG = "config.json"
+HEAD = "head.npz"
+PARTS = ("vae", "dit", "expression")  # sub-modules of FactorPortrait, one file each
+
+
+def weight_file(part: str) -> str:
+    """Name of the file with the weights of a sub-module."""
+    return f"{part}.safetensors"
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files of a checkpoint that an export depends on.
+
+    Raises:
+        CheckpointError: the folder or one of its files is missing.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"checkpoint {path}", expected=f"a folder with {CONFIG} and " + ", ".join(map(weight_file, PARTS)),
+            found="a file" if path.exists() else "nothing",
+        )  # fmt: skip
+    files = [path / CONFIG, *(path / weight_file(part) for part in PARTS)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"checkpoint {path}", expected="a file " + ", ".join(missing), found="none")
+    return files + ([path / HEAD] if (path / HEAD).is_file() else [])
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read a checkpoint's config.json.
+
+    Raises:
+        CheckpointError: missing, no JSON, or a key is unknown, missing or refused.
+    """
+    file = path / CONFIG
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path}", expected=f"a file {CONFIG}", found="none") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}", expected="JSON", found=str(error), action="correct the file") from error
+    return ModelConfig.from_dict(data, str(file))

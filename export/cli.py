@@ -1,0 +1,157 @@
+"""fp-export: a checkpoint becomes a bundle. `fp-export inspect` prints a bundle; that needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from factorportrait.bundle import Bundle
+from factorportrait.command import run_command
+from factorportrait.export import build
+from factorportrait.shipped import DEMO_NAME, default_bundle_path, shipped_checkpoint
+
+COMMAND = "fp-export"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run fp-export and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["inspect"]:
+        options = _inspect_parser().parse_args(arguments[1:])
+        return run_command(COMMAND, lambda: _inspect(options))
+    options = _export_parser().parse_args(arguments)
+    return run_command(COMMAND, lambda: _export(options))
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        description="Export a checkpoint to a bundle of ONNX graphs, each checked against torch.",
+        epilog="fp-export inspect BUNDLE [--verify] [--json] prints a bundle. A checkpoint called inspect is ./inspect.",
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT",
+        help="folder with config.json and safetensors files (default: the shipped demo)",
+    )  # fmt: skip
+    parser.add_argument("--precision", default="fp32", help="fp32 (default); fp16 and int8 are not available yet")
+    parser.add_argument(
+        "--output", type=Path, metavar="BUNDLE", help="folder of the bundle (default: a folder of the user's cache)"
+    )
+    parser.add_argument("--force", action="store_true", help="export even if nothing changed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"{COMMAND} inspect", description="Print what a bundle holds.")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its digest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> int:
+    build.check_precision(options.precision)
+    checkpoint, name = options.checkpoint, DEMO_NAME
+    if checkpoint is None:
+        checkpoint = shipped_checkpoint()
+    else:
+        name = checkpoint.resolve().name
+    output = options.output or default_bundle_path(name, options.precision)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1)
+
+        def show(progress: build.Progress) -> None:
+            description = f"{progress.what:6} {progress.stage}".rstrip()
+            bar.update(task, description=description, completed=progress.step, total=progress.num_steps)
+
+        report = build.build_bundle(
+            checkpoint, output, precision=options.precision, force=options.force, on_progress=show
+        )
+    if options.json:
+        print(json.dumps(report.to_dict()))
+        return 0
+    console = Console()
+    if report.up_to_date:
+        console.print(f"{report.path}: up to date, nothing done (--force exports again)", soft_wrap=True, markup=False)
+        return 0
+    console.print(_check_table(report))
+    size = _megabytes(report.total_bytes)
+    console.print(
+        f"{report.path}: {len(report.checks)} graphs, {size}, {report.seconds:.1f} s", soft_wrap=True, markup=False
+    )
+    return 0
+
+
+def _check_table(report: build.BuildReport) -> Table:
+    table = Table(title="ONNX Runtime against torch, largest errors", title_justify="left")
+    table.add_column("stage")
+    for column in ("inputs tried", "absolute", "relative"):
+        table.add_column(column, justify="right")
+    for name, check in report.checks.items():
+        table.add_row(name, f"{check['num_cases']:.0f}", f"{check['max_abs']:.1e}", f"{check['max_relative']:.1e}")
+    return table
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    bundle = Bundle(options.bundle)
+    if options.verify:
+        bundle.verify()
+    if options.json:
+        print(json.dumps({**json.loads(bundle.manifest.to_json()), "bundle": str(bundle.path), "verified": options.verify}))
+        return 0
+    manifest, config = bundle.manifest, bundle.config
+    console = Console()
+    console.print(f"{bundle.path}", soft_wrap=True, markup=False)
+    modes, generation = " and ".join(config.generation.modes), config.generation
+    lines = [
+        f"{config.system} {config.name}, {manifest.precision}, schema {manifest.schema}",
+        f"{config.width} x {config.height} px, {config.fps:g} frames per second, {config.tokens_per_frame} tokens per latent frame",
+        f"transformer: width {config.dit.dim}, {config.dit.num_heads} heads, {config.dit.num_layers} blocks",
+        f"modes {modes}, chunk {generation.chunk_frames}, window {generation.window_frames}, {generation.denoising_steps} steps",
+        f"{len(manifest.files)} files, {_megabytes(bundle.total_bytes())}, digests "
+        + ("match" if options.verify else "not read (--verify does)"),
+        "made with " + ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("versions", {}).items()),
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    table = Table()
+    for column in ("stage", "inputs", "outputs"):
+        table.add_column(column)
+    table.add_column("size", justify="right")
+    table.add_column("relative error", justify="right")
+    for stage in manifest.stages.values():
+        error = f"{stage.check['max_relative']:.1e}" if "max_relative" in stage.check else "?"
+        sides = (escape(_tensors(side)) for side in (stage.inputs, stage.outputs))
+        num_bytes = sum(entry.bytes for name, entry in manifest.files.items() if name in (stage.file, f"{stage.file}.data"))
+        table.add_row(stage.name, *sides, _megabytes(num_bytes), error)
+    console.print(table)
+    return 0
+
+
+def _tensors(specs) -> str:
+    """One line per tensor; a numbered family is its first member and how many there are."""
+    families: dict[str, list] = {}
+    for spec in specs:
+        base, _, number = spec.name.rpartition(".")
+        families.setdefault(base if number.isdigit() else spec.name, []).append(spec)
+    return "\n".join(
+        members[0].describe() + (f" and {len(members) - 1} more" if len(members) > 1 else "")
+        for members in families.values()
+    )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
