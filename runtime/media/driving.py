@@ -19,6 +19,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from factorportrait.arkit import ARKIT_NAMES
 from factorportrait.errors import MediaError
@@ -278,12 +279,16 @@ class VideoSource:
     def _stream(self, container: av.container.InputContainer) -> av.VideoStream:
         """The first video stream that is not a cover picture."""
         for stream in container.streams.video:
-            if "attached_pic" not in stream.disposition.name:
+            if not stream.disposition & Disposition.attached_pic:
                 if stream.codec_context is None:
                     raise self._error(
                         "has a codec that cannot be decoded", "e.g. H.264", "an unknown codec", "export as H.264"
                     )
                 return stream
+        if not container.streams:
+            raise self._error(
+                "is not readable as a video", "a whole file", "one without its index", "copy or export it again"
+            )
         found = "sound only" if container.streams.audio else "no video stream"
         raise self._error("has no pictures", "a video stream", found, "choose a video file")
 

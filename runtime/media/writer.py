@@ -13,6 +13,7 @@ from types import TracebackType
 
 import av
 import numpy as np
+from av.stream import Disposition
 from PIL import Image
 
 from factorportrait.errors import MediaError, UserError
@@ -259,7 +260,7 @@ class _Sound:
         self._input = av.open(str(path), metadata_errors="ignore")
         self._source = self._input.streams.audio[0]
         # The video of the driving file begins at its first frame, wherever that is on the file's clock.
-        pictures = [s for s in self._input.streams.video if "attached_pic" not in s.disposition.name]
+        pictures = [s for s in self._input.streams.video if not s.disposition & Disposition.attached_pic]
         zero = [s.start_time * s.time_base for s in pictures[:1] if s.start_time is not None]
         self._zero = zero[0] if zero else Fraction(0)
         allowed = COPIED_SOUND[container_format]

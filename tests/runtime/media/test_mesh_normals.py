@@ -249,7 +249,7 @@ def test_normal_video(tmp_path, renderer, ball):
     frames = list(video)
     assert (video.num_frames, video.fps, len(frames)) == (5, 25, 5) and frames[0].shape == (64, 64, 3)
     assert np.abs(frames[0][32, 32].astype(int) - image[48, 48]).max() < 12 and frames[0][0, 0].max() < 12
-    for frame in (np.zeros_like(image), np.full_like(image, 200)):
+    for frame in (np.zeros_like(image), np.full_like(image, 250)):
         with pytest.raises(MediaError) as error:
             NormalVideo(write_video(tmp_path / "x.mp4", [frame] * 3), 64, 64)
         one_line(error.value, "x.mp4", "normal")
