@@ -285,9 +285,9 @@ class VideoSource:
                         "has a codec that cannot be decoded", "e.g. H.264", "an unknown codec", "export as H.264"
                     )
                 return stream
-        if not container.streams:
+        if not container.streams.video and not container.streams.audio:
             raise self._error(
-                "is not readable as a video", "a whole file", "one without its index", "copy or export it again"
+                "is not readable as a video", "a whole file", "neither pictures nor sound", "copy or export it again"
             )
         found = "sound only" if container.streams.audio else "no video stream"
         raise self._error("has no pictures", "a video stream", found, "choose a video file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -95,6 +96,8 @@ class VideoWriter:
                 self._part.mkdir(parents=True)
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                # PyAV opens the file at the first packet; a folder that refuses should be known before rendering.
+                self._part.touch()
                 self._open(quality)
         except OSError as error:
             self._discard()
@@ -159,7 +162,7 @@ class VideoWriter:
         suffix = self.path.suffix.lower()
         self._format = CONTAINERS[suffix]
         # Fragments: a file that is playable without the index that only close() could write.
-        options = {"fflags": "+bitexact"}
+        options = {"fflags": "+bitexact", "flush_packets": "1"}
         if self._format in ("mp4", "mov"):
             options["movflags"] = "frag_keyframe+empty_moov+default_base_moof"
         self._container = _open_output(self._part, self._format, options)
@@ -246,9 +249,8 @@ class VideoWriter:
                 container.close()
             except OSError:
                 log.debug("closing %s failed", self._part)
-        if self._part.is_dir():
-            shutil.rmtree(self._part, ignore_errors=True)
-        else:
+        shutil.rmtree(self._part, ignore_errors=True)
+        with contextlib.suppress(OSError):
             self._part.unlink(missing_ok=True)
 
 
@@ -265,6 +267,7 @@ class _Sound:
         self._zero = zero[0] if zero else Fraction(0)
         allowed = COPIED_SOUND[container_format]
         name = self._source.codec_context.name
+        self._edit_lists = container_format in ("mp4", "mov")
         self.how = "copied" if allowed is None or _copy_name(name) in allowed else "encoded"
         if self.how == "copied":
             self._stream = output.add_stream_from_template(self._source)
@@ -307,8 +310,9 @@ class _Sound:
                 if start >= self._end:
                     return
                 continue
-            # Encoder priming (a few packets) before 0 is kept; sound from before the video is not.
-            if start + length <= Fraction(-1, 10):
+            # MP4 hides a packet before 0 behind an edit list, and decoders warm up on it; Matroska would move everything.
+            early = 2 * length if self._edit_lists else Fraction(1, 100)
+            if start < -early:
                 continue
             packet.stream = self._stream
             yield packet

@@ -100,7 +100,8 @@ def test_sound_is_kept_in_place_and_cut(tmp_path, suffix, source_suffix, codec, 
     assert np.abs(samples).argmax() / rate + start == pytest.approx(click, abs=0.004)
     end = len(samples) / rate + start
     assert 0.95 < end <= 1.0 + 0.03
-    assert VideoSource(tmp_path / f"o{suffix}").num_frames == 25
+    video = VideoSource(tmp_path / f"o{suffix}")
+    assert video.num_frames == 25 and float(video.start_s) <= 0.01
 
 
 def test_sound_of_a_video_that_begins_late(tmp_path):
@@ -134,7 +135,9 @@ def test_ffprobe_agrees(tmp_path):
     write(tmp_path / "o.mp4", ramp_frames(30), NTSC, audio_from=source)
     entries = "stream=codec_name,pix_fmt,r_frame_rate,avg_frame_rate,start_time,nb_read_frames,color_space"
     command = ["ffprobe", "-v", "error", "-count_frames", "-show_entries", entries, "-of", "default=nw=1"]
-    lines = subprocess.run([*command, str(tmp_path / "o.mp4")], capture_output=True, text=True, check=True).stdout.split()
+    lines = subprocess.run(
+        [*command, str(tmp_path / "o.mp4")], capture_output=True, text=True, check=True
+    ).stdout.split()
     for expected in (
         "codec_name=h264", "pix_fmt=yuv420p", "r_frame_rate=30000/1001", "avg_frame_rate=30000/1001", "color_space=bt709",
         "nb_read_frames=30", "start_time=0.000000", "codec_name=aac",
@@ -248,9 +251,11 @@ def test_file_size_limit(tmp_path, suffix):
 def test_full_disk(tmp_path, suffix, num_frames):
     disk = tmp_path / "disk"
     disk.mkdir()
-    # One frame of noise takes about 100 kB: its part file fits, the final copy beside it does not.
-    size = "1m" if num_frames > 1 else "128k"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+    # One frame of noise takes about 43 kB: its part file fits, the final copy beside it does not.
+    size = "1m" if num_frames > 1 else "64k"
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         message = limited(disk, suffix, num_frames, 0)
