@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,16 @@ def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
-    """The fp32 bundle of `tiny_checkpoint`. Read only: copy it to change it."""
+def tiny_bundle(tiny_checkpoint, tmp_path_factory, request) -> Path:
+    """The fp32 bundle of `tiny_checkpoint`. Read only: copy it to change it.
+
+    Kept in pytest's cache, so that a second run exports only what changed since.
+    """
     from factorportrait.export.build import build_bundle
 
+    kept = request.config.cache.mkdir("factorportrait") / "tiny-fp32"
     path = tmp_path_factory.mktemp("bundle") / "tiny-fp32"
-    build_bundle(tiny_checkpoint, path)
+    build_bundle(tiny_checkpoint, kept)
+    # A copy: another run may replace the kept one.
+    shutil.copytree(kept, path)
     return path
