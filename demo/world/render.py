@@ -381,6 +381,6 @@ class Renderer:
         self, head: HeadModel, coefficients: np.ndarray, rotation: np.ndarray, translation: np.ndarray,
         K: np.ndarray, c2w: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """One frame: coefficients [52], head rotation [3, 3] and translation [3], camera -> RGB and normal map [H, W, 3]."""
+        """One frame: coefficients [52], head rotation [3, 3], translation [3], camera -> RGB, normal map [H, W, 3]."""
         expressive = head.move(head.expression(coefficients) + self._appearance.hair_offset, rotation, translation)
         return self.rgb(expressive, K, c2w), self.normals(head.neutral(rotation, translation), K, c2w)
