@@ -8,9 +8,9 @@ import numpy as np
 class KVCache:
     """Static memory for one condition set.
 
-    Layout of every block's buffer: [1, 1 + ring, T, D]. Entry 0 is the reference (the sink), entry 1 + f % ring the latent frame f.
-    Keys are stored unrotated, so their positions are data: the sink has 0, and the frames of the window count from 1 however long the
-    stream runs. While the ring fills, its used part is a prefix, so a view of it is contiguous and nothing is copied or masked.
+    Every block's buffer is [1, 1 + ring, T, D]: entry 0 is the reference (the sink), entry 1 + f % ring the latent frame f.
+    Keys are stored unrotated, so their positions are data: the sink has 0, and the frames of the window count from 1 however
+    long the stream runs. While the ring fills, its used part is a prefix: a view of it is contiguous, with no copy and no mask.
     """
 
     def __init__(self, num_blocks: int, window_frames: int, chunk_frames: int, tokens: int, dim: int, dtype=np.float32):

@@ -47,8 +47,8 @@ class TimeTable:
 class Denoiser:
     """Generates latent frames chunk by chunk ("stream"), or all of a clip at once ("clip").
 
-    In stream mode a chunk sees the reference and a window of clean frames through one K/V cache per condition set. In clip mode slot
-    0 is the reference and attention is bidirectional over all slots; nothing is cached.
+    In stream mode a chunk sees the reference and a window of clean frames through one K/V cache per condition set. In clip
+    mode slot 0 is the reference and attention is bidirectional over all slots; nothing is cached.
     """
 
     def __init__(

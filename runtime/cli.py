@@ -1,0 +1,236 @@
+"""fp-run: a portrait and something to drive it -> a video."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import resource
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from factorportrait.bundle import PRECISIONS
+from factorportrait.command import run_command
+from factorportrait.errors import UserError
+from factorportrait.shipped import default_bundle_path, shipped_inputs
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["doctor"]:
+        from factorportrait.runtime.doctor import doctor
+
+        return run_command("fp-run", lambda: doctor(as_json="--json" in argv))
+    arguments = parser().parse_args(argv)
+    return run_command("fp-run", lambda: run(arguments))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fp-run",
+        description="Animate a portrait with a bundle made by fp-export. Without arguments: the shipped demo. "
+        "`fp-run doctor` tells what this machine can do.",
+    )
+    parser.add_argument(
+        "bundle", nargs="?", type=Path, help="bundle folder; default: the shipped demo, exported when needed"
+    )
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument(
+        "--portrait", type=Path, help="png, jpg or webp of any size; centre-cropped to the bundle's shape"
+    )
+    inputs.add_argument("--driving", type=Path, help="video, frame folder, clip folder, or ARKit .csv")
+    inputs.add_argument("--expression-from", type=Path, help="take the expression from here instead")
+    inputs.add_argument(
+        "--pose-from", type=Path, help="take the head pose from here instead: mesh, normal maps or .csv"
+    )
+    inputs.add_argument("--camera", help="static, orbit:30, dolly:0.8, freeze:30, transforms.json or cameras.json")
+    inputs.add_argument(
+        "--fit", choices=("crop", "pad"), default="crop", help="how the portrait is fitted (default crop)"
+    )
+    inputs.add_argument(
+        "--driving-crop", metavar="X,Y,W,H", help="face square in the driving picture (default: centred)"
+    )
+    inputs.add_argument("--frames", type=int, help="stop after so many frames")
+    inputs.add_argument("--fps", type=Fraction, help="resample the driving to this rate, such as 25 or 30000/1001")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", "-o", default="out.mp4", help="mp4, mkv, webm, or a folder for pictures (default out.mp4)"
+    )
+    output.add_argument("--side-by-side", action="store_true", help="reference | driving | output")
+    output.add_argument("--no-sound", action="store_true", help="leave the driving's sound out")
+    output.add_argument("--json", action="store_true", help="the last line is one JSON object with the figures")
+    generation = parser.add_argument_group("generation")
+    generation.add_argument("--mode", choices=("clip", "stream"), help="default: stream where the checkpoint allows it")
+    generation.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    generation.add_argument("--guidance", default="1", help="1 (off), 2.5, or expression=2,pose=1.5")
+    generation.add_argument("--seed", type=int, default=0)
+    generation.add_argument("--chunk", type=int, help="latent frames generated together (stream)")
+    generation.add_argument("--window", type=int, help="latent frames that a chunk sees, itself included (stream)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--threads", type=int, help="of one operator (default: every core)")
+    machine.add_argument("--eager", action="store_true", help="plain calls instead of bound buffers; the same pictures")
+    machine.add_argument("--no-verify", action="store_true", help="do not compare the digests of the bundle's files")
+    machine.add_argument("--verbose", "-v", action="store_true")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="fp-run: %(message)s")
+    check_numbers(arguments)
+    bundle_path = arguments.bundle or demo_bundle()
+    from factorportrait.bundle import Bundle
+    from factorportrait.runtime.inputs import open_inputs
+    from factorportrait.runtime.media.fit import crop_box
+    from factorportrait.runtime.media.portrait import load_portrait
+    from factorportrait.runtime.media.writer import VideoWriter
+    from factorportrait.runtime.session import SessionOptions, open_bundle
+
+    # Inputs are opened before the graphs are loaded: a wrong path should cost no seconds.
+    bundle = Bundle(bundle_path)
+    config = bundle.config
+    options = SessionOptions(
+        arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window
+    )
+    options.resolve(config)
+    portrait = load_portrait(
+        arguments.portrait or shipped_inputs() / "portrait.png", config.height, config.width, arguments.fit
+    )
+    driving = open_inputs(
+        bundle,
+        arguments.driving or default_driving(arguments),
+        expression_from=arguments.expression_from,
+        pose_from=arguments.pose_from,
+        camera=arguments.camera,
+        fps=arguments.fps,
+        num_frames=arguments.frames,
+        driving_crop=crop_box(arguments.driving_crop) if arguments.driving_crop else None,
+    )
+    for note in driving.notes:
+        print(f"fp-run: {note}")
+    opened = open_bundle(bundle_path, threads=arguments.threads, eager=arguments.eager, verify=not arguments.no_verify)
+    session = opened.session(options)
+    session.set_reference(portrait)
+    width = config.width * (3 if arguments.side_by_side else 1)
+    sound = None if arguments.no_sound else driving.sound
+    with VideoWriter(arguments.output, width, config.height, driving.fps, audio_from=sound) as writer:
+        render(session, driving, writer, portrait if arguments.side_by_side else None)
+    report = figures(session, opened, writer, driving, time.perf_counter() - start)
+    print_figures(arguments.output, session, report, as_json=arguments.json)
+    return 0
+
+
+def render(session, driving, writer, portrait=None) -> None:
+    """Drive the session and write every picture as soon as it is there. With `portrait`: reference | driving | output."""
+    from collections import deque
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from factorportrait.runtime.media.writer import compose_side_by_side
+
+    shown: deque = deque()  # what drove the frames that are not out yet: at most one chunk, or one clip
+
+    def tee():
+        for frame in driving:
+            if portrait is not None:
+                shown.append(frame.image if frame.image is not None else frame.normals)
+            yield frame
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    with Progress(*columns, transient=True, disable=not sys.stderr.isatty(), console=stderr_console()) as progress:
+        task = progress.add_task("rendering", total=driving.num_frames, speed="")
+        for picture in session.frames(tee()):
+            with session.timings("write"):
+                if portrait is not None:
+                    picture = compose_side_by_side(portrait, shown.popleft(), picture)
+                writer.write(picture)
+            p50 = session.timings.frame_ms(50)
+            progress.update(task, advance=1, speed=f"{p50:.1f} ms/frame")
+
+
+def stderr_console():
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises UserError for numbers that no run can have."""
+    for name in ("steps", "frames", "chunk", "window", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}", expected="1 or more", found=str(value), action="choose another number")
+    if arguments.fps is not None and not 0 < arguments.fps <= 1000:
+        raise UserError(
+            "--fps", expected="more than 0 and at most 1000", found=str(arguments.fps), action="25 is usual"
+        )
+
+
+def demo_bundle() -> Path:
+    """The shipped demo's bundle; exported first when it is not there, in a process of its own, since it needs torch."""
+    path = default_bundle_path("demo", PRECISIONS[0])
+    if not (path / "manifest.json").is_file():
+        print(f"fp-run: no bundle given, and the demo's is not there yet: exporting it to {path}", file=sys.stderr)
+        command = [sys.executable, "-m", "factorportrait.export.cli", "--output", str(path)]
+        if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+            raise UserError(
+                "the demo bundle", expected="fp-export to make it", found="its error above",
+                action="mend that, or name a bundle: fp-run BUNDLE",
+            )  # fmt: skip
+    return path
+
+
+def default_driving(arguments: argparse.Namespace) -> Path | None:
+    """The shipped driving clip, unless the expression comes from somewhere else."""
+    return None if arguments.expression_from else shipped_inputs() / "driving_clip"
+
+
+def figures(session, opened, writer, driving, wall_s: float) -> dict:
+    """What `--json` prints: frames, rates, milliseconds, memory."""
+    timings = session.timings.summary()
+    chunk_s = sum(seconds for seconds, _ in session.timings.chunks)
+    return {
+        "output": str(writer.path),
+        "frames": writer.num_frames,
+        "fps": str(driving.fps),
+        "mode": session.options.mode,
+        "steps": session.options.steps,
+        "seed": session.options.seed,
+        "rendered_fps": round(writer.num_frames / chunk_s, 3) if chunk_s else None,
+        **timings,
+        "load_ms": round(1000 * opened.load_s, 1),
+        "wall_ms": round(1000 * wall_s, 1),
+        "kv_cache_bytes": session.cache_bytes,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "engine": opened.engine.name,
+        "precision": opened.bundle.manifest.precision,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_figures(output: str, session, report: dict, as_json: bool) -> None:
+    print(
+        f"fp-run: {output}: {report['frames']} frames, {report['frame_ms_p50']:.1f} ms per frame "
+        f"(p95 {report['frame_ms_p95']:.1f}), first frame after {report['time_to_first_frame_ms']:.0f} ms, "
+        f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB"
+    )
+    if as_json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

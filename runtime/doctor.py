@@ -1,0 +1,156 @@
+"""fp-run doctor: what this machine can do, what is missing, and the command that adds it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from factorportrait.bundle import MANIFEST
+from factorportrait.shipped import default_bundle_path, shipped_checkpoint
+
+# CPU features that decide how fast ONNX Runtime's kernels are.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked for, whether it is there, what it is for, and the command that adds it."""
+
+    name: str
+    present: bool
+    detail: str
+    purpose: str
+    action: str = ""
+
+
+def findings() -> list[Finding]:
+    """Look at the machine."""
+    extra = 'pip install "factorportrait[{}]"'.format
+    return [
+        _machine(),
+        _package("onnxruntime", "run bundles", "pip install onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
+        _package("av", "read and write video", "pip install av"),
+        _package("PIL", "read portraits", "pip install pillow", ("pillow",)),
+        _package("warp", "render meshes to normal maps", extra("mesh"), ("warp-lang",)),
+        _extension(),
+        _package("torch", "fp-export", extra("export")),
+        _package("onnx", "fp-export", extra("export")),
+        _package("safetensors", "fp-export", extra("export")),
+        _checkpoint(),
+        _bundle(),
+        _gpu(),
+        _cuda_provider(),
+        _package(
+            "tensorrt",
+            "TensorRT plans (not used by this version yet)",
+            extra("tensorrt"),
+            ("tensorrt-cu13", "tensorrt"),
+        ),
+        _package("cuda", "CUDA graphs (not used by this version yet)", extra("tensorrt"), ("cuda-python",)),
+        _program("ffprobe", "look into videos by hand; not needed to run", "apt-get install ffmpeg"),
+    ]
+
+
+def doctor(as_json: bool = False) -> int:
+    """Print the findings; the exit code is 0 when the demo can run here, else 1."""
+    found = findings()
+    needed = {"onnxruntime", "av", "PIL"}
+    able = all(finding.present for finding in found if finding.name in needed)
+    if as_json:
+        print(json.dumps({"can_run": able, "findings": [asdict(finding) for finding in found]}))
+        return 0 if able else 1
+    width = max(len(finding.name) for finding in found)
+    for finding in found:
+        mark = "ok     " if finding.present else "missing"
+        line = f"{mark} {finding.name:<{width}}  {finding.detail or finding.purpose}"
+        if not finding.present and finding.action:
+            line += f"  -> {finding.action}"
+        print(line)
+    print(
+        "This machine can run bundles." if able else "This machine cannot run bundles yet: see what is missing above."
+    )
+    return 0 if able else 1
+
+
+def _machine() -> Finding:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    detail = f"{platform.system()} {platform.machine()}, {cores} cores, Python {platform.python_version()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        words = set(cpuinfo.read_text().split())
+        detail += ", " + (" ".join(flag for flag in CPU_FLAGS if flag in words) or "no AVX2")
+    return Finding("machine", True, detail, "everything")
+
+
+def _package(module: str, purpose: str, action: str, names: tuple[str, ...] = ()) -> Finding:
+    if importlib.util.find_spec(module) is None:
+        return Finding(module, False, "", purpose, action)
+    for name in names or (module,):
+        try:
+            return Finding(module, True, f"{name} {importlib.metadata.version(name)}: {purpose}", purpose)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Finding(module, True, purpose, purpose)
+
+
+def _extension() -> Finding:
+    present = importlib.util.find_spec("factorportrait._embed") is not None
+    purpose = "fused pose and camera embedding in C++"
+    return Finding(
+        "C++ extension",
+        present,
+        purpose if present else "",
+        purpose + " (NumPy is used instead)",
+        "install with a C++17 compiler",
+    )
+
+
+def _checkpoint() -> Finding:
+    path = shipped_checkpoint()
+    present = (path / "config.json").is_file()
+    return Finding(
+        "demo checkpoint", present, str(path) if present else "", "the shipped demo", "use a full checkout or wheel"
+    )
+
+
+def _bundle() -> Finding:
+    path = default_bundle_path("demo", "fp32")
+    present = (path / MANIFEST).is_file()
+    return Finding("demo bundle", present, str(path) if present else "", "a bare fp-run makes it", "fp-export")
+
+
+def _gpu() -> Finding:
+    purpose = "NVIDIA GPU"
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Finding("NVIDIA GPU", False, "no driver; bundles run on the CPU", purpose, "not needed")
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return Finding("NVIDIA GPU", False, "a driver, but no GPU that it can use", purpose, "see nvidia-smi")
+    name = ctypes.create_string_buffer(128)
+    driver.cuDeviceGetName(name, 128, 0)
+    return Finding("NVIDIA GPU", True, f"{count.value} x {name.value.decode()}", purpose)
+
+
+def _cuda_provider() -> Finding:
+    purpose = "ONNX Runtime on the GPU (not used by this version yet)"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return Finding("CUDA provider", False, "", purpose, 'pip install "factorportrait[gpu]"')
+    import onnxruntime
+
+    present = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return Finding("CUDA provider", present, purpose if present else "", purpose, 'pip install "factorportrait[gpu]"')
+
+
+def _program(name: str, purpose: str, action: str) -> Finding:
+    path = shutil.which(name)
+    return Finding(name, path is not None, path or "", purpose, action)

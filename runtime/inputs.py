@@ -1,0 +1,221 @@
+"""What a user brings -> driving frames. Expression, pose and camera may come from three different places."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from factorportrait.bundle import Bundle
+from factorportrait.errors import MediaError, UserError
+from factorportrait.model_config import ModelConfig
+from factorportrait.runtime.conditions import DrivingFrame
+from factorportrait.runtime.media.camera import CameraPath, open_camera
+from factorportrait.runtime.media.driving import DrivingClip, open_driving
+from factorportrait.runtime.media.fit import Box, square_crop
+from factorportrait.runtime.media.mesh import PosedHead, open_mesh
+from factorportrait.runtime.media.normals import NormalRenderer, NormalVideo
+from factorportrait.runtime.media.streams import Combined, Stream
+
+log = logging.getLogger(__name__)
+
+
+def default_camera(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The frontal camera of the config: K [3,3] in pixels of the output, c2w [4,4] OpenCV in canonical head space."""
+    camera = config.camera
+    focal = config.height / 2 / np.tan(np.radians(camera.fov_degrees) / 2)
+    K = np.array([[focal, 0, config.width / 2], [0, focal, config.height / 2], [0, 0, 1.0]])
+    c2w = np.diag([1.0, -1.0, -1.0, 1.0])  # looks along -z of head space at the face, y of the picture downwards
+    c2w[:3, 3] = np.array(camera.target) + [0, 0, camera.distance]
+    return K, c2w
+
+
+@dataclass
+class PoseTrack:
+    """Where the head is: vertices per frame to be rendered, or normal maps that are rendered already."""
+
+    items: Stream
+    faces: np.ndarray | None
+    description: str
+
+
+@dataclass
+class Driving:
+    """All sources, walked together.
+
+    Attributes:
+        fps: exact output rate.
+        num_frames: length where it is known.
+        sound: file whose sound belongs to the expression.
+        notes: what was assumed, one line each; command lines print them.
+    """
+
+    fps: Fraction
+    num_frames: int | None
+    sound: Path | None
+    notes: list[str]
+    _frames: Callable[[], Iterator[DrivingFrame]]
+
+    def __iter__(self) -> Iterator[DrivingFrame]:
+        return self._frames()
+
+
+def open_inputs(
+    bundle: Bundle,
+    driving: str | Path | None,
+    *,
+    expression_from: str | Path | None = None,
+    pose_from: str | Path | None = None,
+    camera: str | None = None,
+    fps: Fraction | None = None,
+    num_frames: int | None = None,
+    driving_crop: Box | None = None,
+    fit: str = "crop",
+) -> Driving:
+    """Open the sources of a run.
+
+    Args:
+        driving: gives whatever the other arguments do not: expression, pose and camera.
+        expression_from, pose_from: other sources for these two.
+        camera: preset or file; see `factorportrait.runtime.media.camera.open_camera`.
+        fps: resample all sources to this rate; None keeps the rate of the expression's source.
+        num_frames: at most so many.
+        driving_crop: square of the driving picture that the expression encoder sees; None is the centred square.
+
+    Raises:
+        MediaError, UserError: a source cannot be used, or sources do not go together.
+    """
+    config, notes = bundle.config, []
+    main = open_driving(driving, fps) if driving is not None else None
+    expression = open_driving(expression_from, fps) if expression_from is not None else main
+    if expression is None or (expression.video is None and expression.coefficients is None):
+        raise MediaError(
+            "no expression to follow", expected="a video, frames or an ARKit .csv", found="none",
+            action="give --driving or --expression-from",
+        )  # fmt: skip
+    rate = fps or expression.fps or Fraction(config.fps).limit_denominator(1001)
+    if fps is None and expression.fps is not None and not 0.8 <= expression.fps / Fraction(config.fps) <= 1.25:
+        notes.append(
+            f"the driving has {float(expression.fps):.5g} frames a second, the model was trained at {config.fps:g}: "
+            f"--fps {config.fps:g} resamples"
+        )
+    pose_source = open_driving(pose_from, fps) if pose_from is not None else (main or expression)
+    pose = _pose_track(bundle, pose_source, rate if fps else None, fit, notes)
+    path = _camera_path(config, camera, pose_source, main, pose, rate, fit, notes)
+    return _combine(config, expression, pose, path, rate, num_frames, driving_crop, notes)
+
+
+def _pose_track(bundle: Bundle, source: DrivingClip, fps: Fraction | None, fit: str, notes: list[str]) -> PoseTrack:
+    config = bundle.config
+    if source.mesh is not None:
+        mesh = open_mesh(source.mesh)
+        return PoseTrack(Stream("pose", mesh, mesh.num_frames), mesh.faces, f"mesh {source.mesh}")
+    if source.normals is not None:
+        video = NormalVideo(source.normals, config.height, config.width, fps, fit)
+        return PoseTrack(Stream("pose", video, video.num_frames), None, f"normal maps {source.normals}")
+    if "head.npz" not in bundle.manifest.files:
+        raise UserError(
+            f"{source.path} has no pose", expected="a mesh, normal maps, or a bundle with head.npz to pose", found="none",
+            action="give --pose-from a folder with mesh.npz or normals.mp4",
+        )  # fmt: skip
+    head = PosedHead(bundle.file("head.npz"))
+    table = source.coefficients
+    if table is not None and table.head_rotation is not None:
+        still = head.vertices
+        rotations = _Mapped(table.head_rotation, still)
+        return PoseTrack(
+            Stream("pose", rotations, len(table.head_rotation)), head.faces, f"head angles of {source.path}"
+        )
+    notes.append(f"{source.path} says nothing about the pose of the head: it stays still (--pose-from gives one)")
+    return PoseTrack(Stream.constant("pose", head.vertices(np.eye(3))), head.faces, "a still head")
+
+
+@dataclass
+class _Mapped:
+    """`function` of each item, anew in every iteration; nothing is kept."""
+
+    items: np.ndarray
+    function: Callable
+
+    def __iter__(self):
+        return map(self.function, self.items)
+
+
+def _camera_path(
+    config, camera, pose_source, main, pose: PoseTrack, fps: Fraction, fit: str, notes: list[str]
+) -> CameraPath:
+    if pose.faces is None:
+        if camera is not None:
+            raise UserError(
+                f"--camera {camera} with {pose.description}", expected="the camera that the normal maps were rendered with",
+                found="another one", action="leave --camera out, or bring mesh.npz, which can be seen from anywhere",
+            )  # fmt: skip
+        camera = pose_source.cameras
+    elif camera is None:
+        camera = next(
+            (source.cameras for source in (main, pose_source) if source is not None and source.cameras), "static"
+        )
+    path = open_camera(camera, config.height, config.width, *default_camera(config), fps=fps, fit=fit)
+    notes.append(f"pose: {pose.description}; camera: {path.name}")
+    return path
+
+
+def _combine(
+    config: ModelConfig,
+    expression: DrivingClip,
+    pose: PoseTrack,
+    path: CameraPath,
+    fps: Fraction,
+    num_frames: int | None,
+    driving_crop: Box | None,
+    notes: list[str],
+) -> Driving:
+    table = expression.coefficients if expression.video is None else None
+    source = table if table is not None else expression.video
+    streams = [Stream("expression", source, expression.num_frames), pose.items, Stream("camera", path)]
+    combined = Combined(streams, num_frames)
+    length = combined.num_frames
+    renderer = NormalRenderer(config.height, config.width, supersample=2) if pose.faces is not None else None
+    side = config.expression.image_size
+
+    def frames() -> Iterator[DrivingFrame]:
+        first: dict | None = None
+        cache = _RenderCache(renderer, pose.faces)
+        for items in combined:
+            first = first or items
+            seen = first if path.freeze else items
+            K, c2w = items["camera"]
+            normals = seen["pose"] if renderer is None else cache(seen["pose"], K, c2w)
+            if table is not None:
+                yield DrivingFrame(normals, K, c2w, coefficients=seen["expression"])
+            else:
+                yield DrivingFrame(normals, K, c2w, image=square_crop(seen["expression"], side, driving_crop))
+
+    if (
+        expression.num_frames is not None
+        and length is not None
+        and length < expression.num_frames
+        and num_frames is None
+    ):
+        notes.append(f"the shortest source decides: {length} of {expression.num_frames} frames")
+    return Driving(fps, length, None if path.freeze else expression.sound, notes, frames)
+
+
+class _RenderCache:
+    """Renders a normal map unless mesh and camera are those of the frame before."""
+
+    def __init__(self, renderer: NormalRenderer | None, faces: np.ndarray | None):
+        self._renderer, self._faces = renderer, faces
+        self._key: tuple | None = None
+        self._picture: np.ndarray | None = None
+
+    def __call__(self, vertices: np.ndarray, K: np.ndarray, c2w: np.ndarray) -> np.ndarray:
+        same = self._key is not None and vertices is self._key[0]
+        if not (same and np.array_equal(K, self._key[1]) and np.array_equal(c2w, self._key[2])):
+            self._picture = self._renderer(vertices, self._faces, K, c2w)
+            self._key = (vertices, K, c2w)
+        return self._picture
