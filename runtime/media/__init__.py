@@ -9,6 +9,7 @@ fit.py      Fit.between(source_height, source_width, height, width, fit="crop"|"
 portrait.py load_portrait(path, height, width, fit="crop", box=None, anchor_y=1/3) -> uint8 [height,width,3]
 driving.py  open_driving(path, fps=None) -> DrivingClip: .path .fps .num_frames .video .coefficients (ArkitTable)
                 .mesh .normals .cameras .sound (paths or None)
+            parse_fps(29.97 | "30000/1001" | ...) -> Fraction
             VideoSource(path, fps=None), FrameFolder(path, fps=None): iterate -> frames;
                 .fps .num_frames .height .width .has_sound
             read_arkit_csv(path, fps=None) -> ArkitTable: .coefficients [T,52] .head_rotation [T,3,3]|None .fps

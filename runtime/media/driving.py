@@ -49,6 +49,25 @@ COMMON_RATES = tuple(
 LIVE_LINK_FPS = Fraction(60)
 
 
+def parse_fps(value: Fraction | int | float | str) -> Fraction:
+    """A frame rate, exactly: Fractions and "30000/1001" as they are; 29.97 and 23.976 become the NTSC rates they mean.
+
+    MediaError when it is not a number above 0 and at most 1000.
+    """
+    try:
+        exact = Fraction(value)
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise MediaError(f"frame rate {value!r}", expected="e.g. 25 or 30000/1001", action="check --fps") from error
+    if not 0 < exact <= 1000:
+        raise MediaError(f"frame rate {value}", expected="a rate above 0, at most 1000", action="check --fps")
+    if exact.denominator <= 1001:
+        nearest = min(COMMON_RATES, key=lambda rate: abs(rate - exact))
+        written_short = not isinstance(value, Fraction) and "/" not in str(value)
+        return nearest if written_short and abs(nearest / exact - 1) < Fraction(1, 5000) else exact
+    nearest = min(COMMON_RATES, key=lambda rate: abs(rate - exact))
+    return nearest if abs(nearest / exact - 1) < Fraction(1, 5000) else exact.limit_denominator(1001)
+
+
 @dataclass(frozen=True)
 class DrivingClip:
     """What a driving path holds. Paths are opened by their own readers, which need the output size.
@@ -86,6 +105,7 @@ def open_driving(path: str | os.PathLike, fps: Fraction | None = None) -> Drivin
         MediaError: nothing usable is there, or one of the files is damaged.
     """
     path = Path(path)
+    fps = None if fps is None else parse_fps(fps)
     if path.is_dir():
         return _open_folder(path, fps)
     if not path.exists():
@@ -170,8 +190,7 @@ class VideoSource:
 
     def __init__(self, path: str | os.PathLike, fps: Fraction | None = None):
         self.path = Path(path)
-        if fps is not None and not fps > 0:
-            raise MediaError(f"frame rate {fps}", expected="a rate above 0", action="check --fps")
+        fps = None if fps is None else parse_fps(fps)
         with self._open() as container:
             stream = self._stream(container)
             self.has_sound = any(s.codec_context is not None for s in container.streams.audio)
@@ -187,7 +206,7 @@ class VideoSource:
         rate = next((rate for rate in declared if self._fits(seconds, rate)), None)
         self.is_constant = rate is not None
         own_rate = rate or _average_rate(seconds, declared)
-        self.fps = Fraction(fps) if fps is not None else own_rate
+        self.fps = own_rate if fps is None else fps
         self._pass_through = self.is_constant and self.fps == own_rate
         if self._pass_through:
             self.num_frames = len(times)
@@ -195,7 +214,7 @@ class VideoSource:
             end_s = len(times) / own_rate if self.is_constant else ends[0] - times[0]
             end_s = max(end_s, times[-1] - times[0] + Fraction(1, 1000))
             self.num_frames = max(
-                1, math.ceil((end_s - Fraction(self._tolerance()).limit_denominator(10**6)) * self.fps)
+                1, math.ceil((end_s - Fraction(self._tolerance(self.fps)).limit_denominator(10**6)) * self.fps)
             )
         self.height, self.width = next(self._decode(1)).shape[:2]
 
@@ -206,7 +225,7 @@ class VideoSource:
         return self._decode(self.num_frames)
 
     def _decode(self, count: int) -> Iterator[np.ndarray]:
-        tolerance, fps = self._tolerance(), float(self.fps)
+        tolerance, fps = self._tolerance(self.fps), float(self.fps)
         start = float(self.start_s)
         with self._open() as container:
             stream = self._stream(container)
@@ -350,16 +369,13 @@ class VideoSource:
                     "copy it again",
                 )
 
-    def _tolerance(self) -> float:
+    def _tolerance(self, rate: Fraction) -> float:
         """Seconds by which a time may be off because the container rounds to its ticks."""
-        return (
-            min(1.01 * self._tick + 1e-9, 0.25 / float(self.fps)) if hasattr(self, "fps") else 1.01 * self._tick + 1e-9
-        )
+        return min(1.01 * self._tick + 1e-9, 0.25 / float(rate))
 
     def _fits(self, seconds: np.ndarray, rate: Fraction) -> bool:
         """Whether times [n] are those of a constant rate."""
-        tolerance = min(1.01 * self._tick + 1e-9, 0.25 / float(rate))
-        return bool(np.abs(seconds - np.arange(len(seconds)) / float(rate)).max() <= tolerance)
+        return bool(np.abs(seconds - np.arange(len(seconds)) / float(rate)).max() <= self._tolerance(rate))
 
     def _error(self, what: str, expected: str, found: str, action: str) -> MediaError:
         return MediaError(f"video {self.path} {what}", expected=expected, found=found, action=action)
@@ -413,7 +429,7 @@ class FrameFolder:
 
     def __init__(self, path: str | os.PathLike, fps: Fraction | None = None):
         self.path = Path(path)
-        self.fps = fps
+        self.fps = None if fps is None else parse_fps(fps)
         if not self.path.is_dir():
             raise MediaError(
                 f"frame folder {path}", expected="a folder of pictures", found="no folder", action="check the path"
@@ -555,7 +571,7 @@ def read_arkit_csv(path: str | os.PathLike, fps: Fraction | None = None) -> Arki
         rate, times = _timecodes(path, rows, columns["timecode"])
     else:
         rate, times = LIVE_LINK_FPS, [Fraction(i) / LIVE_LINK_FPS for i in range(len(rows) - 1)]
-    target = Fraction(fps) if fps is not None else rate
+    target = rate if fps is None else parse_fps(fps)
     count = max(1, math.ceil((times[-1] + 1 / rate) * target - Fraction(1, 2)))
     due = (np.arange(count) + 0.5) / float(target)
     index = np.maximum(np.searchsorted([float(time) for time in times], due, side="right") - 1, 0)

@@ -65,7 +65,7 @@ class MeshNpz:
                 action="save it again",
             )
         self.num_frames, self.num_vertices = shape[0], shape[1]
-        with np.load(self.path, allow_pickle=False) as archive:
+        with _reading(where), np.load(self.path, allow_pickle=False) as archive:
             self.faces = check_faces(where, archive["faces"], self.num_vertices)
         _warn_about_units(where, next(iter(self)))
 
@@ -74,7 +74,7 @@ class MeshNpz:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self._fortran:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with _reading(f"mesh {self.path}"), np.load(self.path, allow_pickle=False) as archive:
                 everything = archive["vertices"].reshape(self.num_frames, self.num_vertices, 3)
             for frame_idx, vertices in enumerate(everything):
                 yield check_vertices(f"mesh {self.path}, frame {frame_idx}", vertices)
@@ -266,7 +266,10 @@ def _reading(where: str) -> Iterator[None]:
     """What goes wrong inside an archive -> MediaError."""
     try:
         yield
-    except (zipfile.BadZipFile, zipfile.zlib.error, OSError, ValueError, EOFError, KeyError) as error:
+    except MediaError:
+        raise
+    # zipfile and numpy raise almost any exception on damaged bytes.
+    except Exception as error:
         raise MediaError(
             f"{where} is not readable", expected="a whole .npz file", found=str(error), action="save it again"
         ) from error

@@ -75,7 +75,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise _too_large(path, "far more") from error
-    except (UnidentifiedImageError, SyntaxError) as error:
+    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise MediaError(
             f"picture {path} is not readable as a picture",
             expected="the content of a png, jpg, webp or bmp file",

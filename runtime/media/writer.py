@@ -19,6 +19,7 @@ from PIL import Image
 
 from factorportrait.errors import MediaError, UserError
 from factorportrait.files import part_path, write_error
+from factorportrait.runtime.media.driving import parse_fps
 from factorportrait.runtime.media.fit import resize
 
 log = logging.getLogger(__name__)
@@ -66,14 +67,12 @@ class VideoWriter:
         quality: int = DEFAULT_QUALITY,
     ):
         text = os.fspath(path)
-        self.path, self.width, self.height, self.fps = Path(path), width, height, Fraction(fps)
+        self.path, self.width, self.height, self.fps = Path(path), width, height, parse_fps(fps)
         self.num_frames, self.sound = 0, "none"
         self._audio_from = Path(audio_from) if audio_from is not None else None
         self._as_folder = text.endswith(("/", os.sep)) or self.path.is_dir()
         self._container = None
         self._closed = False
-        if self.fps <= 0:
-            raise MediaError(f"frame rate {fps}", expected="a rate above 0", action="check --fps")
         if not self._as_folder and self.path.suffix.lower() not in CONTAINERS:
             raise MediaError(
                 f"output {text}",

@@ -10,12 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import frontal, index_of, one_line, ramp_frames, write_video
+from media_files import frontal, index_of, one_line, ramp_frames, sphere, write_video
 from PIL import Image
 
 from factorportrait.arkit import ARKIT_NAMES
 from factorportrait.errors import MediaError
-from factorportrait.runtime.media.driving import FrameFolder, VideoSource, head_rotation, open_driving, read_arkit_csv
+from factorportrait.runtime.media.driving import (
+    FrameFolder,
+    VideoSource,
+    head_rotation,
+    open_driving,
+    parse_fps,
+    read_arkit_csv,
+)
+from factorportrait.runtime.media.mesh import open_mesh
+from factorportrait.runtime.media.portrait import load_portrait
 
 RATES = [Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(24000, 1001)]
 
@@ -303,3 +312,59 @@ def test_head_angles_turn_the_face_the_stated_way():
     assert turn @ turn.T == pytest.approx(np.eye(3)) and np.linalg.det(turn) == pytest.approx(1)
     assert turn[:, 2] == pytest.approx([np.sin(0.4) * np.cos(0.2), -np.sin(0.2), np.cos(0.4) * np.cos(0.2)])
     assert frontal().shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (24, 24), (24.0, 24), ("25", 25), (29.97, Fraction(30000, 1001)), ("23.976", Fraction(24000, 1001)), (12.5, 12.5),
+        ("30000/1001", Fraction(30000, 1001)), (Fraction(23), 23), (59.94, Fraction(60000, 1001)), (14.985, Fraction(2997, 200)),
+    ],
+)  # fmt: skip
+def test_parse_fps(value, expected):
+    assert parse_fps(value) == expected
+
+
+def test_parse_fps_refusals():
+    for value in (0, -1, "x", "1/0", float("nan"), float("inf"), 5000, None):
+        with pytest.raises(MediaError) as error:
+            parse_fps(value)
+        one_line(error.value, "frame rate", "--fps")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["v.mp4", "v.mkv", "p.png", "p.jpg", "m.npz", "a.csv"]), st.randoms(use_true_random=False))
+def test_damaged_files_raise_only_one_line_errors(damaged_originals, name, random):
+    """Bytes overwritten or cut anywhere: either it still reads, or it is a MediaError."""
+    data = bytearray((damaged_originals / name).read_bytes())
+    for _ in range(random.randint(1, 30)):
+        data[random.randrange(len(data))] = random.randrange(256)
+    if random.random() < 0.3:
+        del data[random.randrange(len(data)) :]
+    path = damaged_originals / f"damaged_{name}"
+    path.write_bytes(bytes(data))
+    try:
+        if name.startswith("p"):
+            load_portrait(path, 64, 64)
+        elif name.startswith("m"):
+            list(open_mesh(path))
+        elif name.startswith("a"):
+            read_arkit_csv(path)
+        else:
+            list(VideoSource(path))
+    except MediaError as error:
+        one_line(error, path.name)
+
+
+@pytest.fixture(scope="module")
+def damaged_originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    for name in ("v.mp4", "v.mkv"):
+        write_video(folder / name, ramp_frames(8), sound_s=0.2)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8))
+    noise.save(folder / "p.png")
+    noise.save(folder / "p.jpg")
+    vertices, faces = sphere(6, 6)
+    np.savez_compressed(folder / "m.npz", vertices=np.stack([vertices] * 3), faces=faces)
+    write_csv(folder / "a.csv", [row(i) for i in range(3)])
+    return folder
