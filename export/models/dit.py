@@ -186,7 +186,7 @@ class WanDiT(nn.Module):
     def rotary(self, positions: Tensor) -> Tensor:
         """positions [F] int64 -> [F*T, E/2, 2]."""
         tokens, _, _ = self.rope_space.shape
-        time = self.rope_time[positions][:, None].expand(-1, tokens, -1, -1)
+        time = self.rope_time.index_select(0, positions)[:, None].expand(-1, tokens, -1, -1)
         space = self.rope_space[None].expand(positions.shape[0], -1, -1, -1)
         return torch.cat([time, space], dim=2).flatten(0, 1)
 
