@@ -295,7 +295,9 @@ class _NumpyCore:
         self.pixels = np.stack([*np.broadcast_arrays(x[None, :], y[:, None]), np.ones((len(y), len(x)))])  # [3, h, w]
 
     def embed_reference(self, latents: np.ndarray | None, *, out: np.ndarray) -> None:
-        out[:] = self.bias if latents is None else self._patches(latents) @ self.reference_weight + self.bias
+        tokens = self.bias if latents is None else self._patches(latents) @ self.reference_weight + self.bias
+        with np.errstate(over="ignore"):  # float16 output: too large becomes infinite, as in the extension
+            out[:] = tokens
 
     def embed_chunk(
         self,
@@ -320,7 +322,8 @@ class _NumpyCore:
                 group = [_group_frame(len(c2w), num_slots, slot, j) for j in range(FRAMES_PER_GROUP)][-frames_used:]
                 patches, weight = self._fold(cameras[0][group], cameras[1][group])
                 tokens = tokens + patches @ weight
-            out[slot * num_tokens : (slot + 1) * num_tokens] = tokens
+            with np.errstate(over="ignore"):
+                out[slot * num_tokens : (slot + 1) * num_tokens] = tokens
 
     def _patches(self, planes: np.ndarray) -> np.ndarray:
         """planes `[c, h, w]` -> `[T, c*p*p]`."""
