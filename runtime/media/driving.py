@@ -271,8 +271,13 @@ class VideoSource:
         aspect = stream.sample_aspect_ratio
         width = max(1, round(frame.width * aspect)) if aspect else frame.width
         # Untagged video is BT.601 in standard definition and BT.709 above, as players take it.
-        matrix = None if frame.colorspace != 2 or frame.height < 720 else "ITU709"
-        image = frame.reformat(width=width, format="rgb24", src_colorspace=matrix, interpolation="BICUBIC").to_ndarray()
+        bt709 = frame.colorspace == 1 or (frame.colorspace == 2 and frame.height >= 720)
+        matrix = "ITU709" if bt709 else "ITU601" if frame.colorspace in (2, 5, 6) else None
+        # For RGB the second matrix means nothing, but PyAV before 18 ignores the first when both are equal.
+        other = "ITU601" if bt709 else "ITU709"
+        image = frame.reformat(
+            width=width, format="rgb24", src_colorspace=matrix, dst_colorspace=other, interpolation="BICUBIC"
+        ).to_ndarray()
         turn = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
         if turn is not None:
             image = _upright(image, np.frombuffer(bytes(turn), "<i4").reshape(3, 3), self._error)
