@@ -113,6 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"fp-run: {note}")
     opened = open_bundle(bundle_path, threads=arguments.threads, eager=arguments.eager, verify=not arguments.no_verify)
     session = opened.session(options)
+    if driving.num_frames is not None:
+        session.check_length(driving.num_frames)
     session.set_reference(portrait)
     width = config.width * (3 if arguments.side_by_side else 1)
     sound = None if arguments.no_sound else driving.sound

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from factorportrait.bundle import MANIFEST
+from factorportrait.errors import UserError
 from factorportrait.shipped import default_bundle_path, shipped_checkpoint
 
 # CPU features that decide how fast ONNX Runtime's kernels are.
@@ -114,8 +115,10 @@ def _extension() -> Finding:
 
 
 def _checkpoint() -> Finding:
-    path = shipped_checkpoint()
-    present = (path / "config.json").is_file()
+    try:
+        path, present = shipped_checkpoint(), True
+    except UserError:
+        path, present = None, False
     return Finding(
         "demo checkpoint", present, str(path) if present else "", "the shipped demo", "use a full checkout or wheel"
     )

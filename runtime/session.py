@@ -211,7 +211,7 @@ class Session:
         start = time.perf_counter()
         self._num_pushed += 1
         self._last = frame
-        self._check_clip_length()
+        self.check_length(self._num_pushed)
         group = self._encoder.push(frame)
         if group is not None:
             self._groups.append(group)
@@ -243,13 +243,14 @@ class Session:
             yield from self.push(frame)
         yield from self.finish()
 
-    def _check_clip_length(self) -> None:
+    def check_length(self, num_frames: int) -> None:
+        """Raises UserError when a clip of so many frames is longer than the checkpoint's (clip mode)."""
         limit = 1 + FRAMES_PER_LATENT * (self.config.generation.max_clip_frames - 1)
-        if self.options.mode == "clip" and self._num_pushed > limit:
+        if self.options.mode == "clip" and num_frames > limit:
             raise UserError(
                 "--mode clip",
                 expected=f"at most {limit} frames, the length of the training",
-                found="a longer driving",
+                found=f"{num_frames} frames of driving",
                 action=f"use --mode stream, or --frames {limit}",
             )
 

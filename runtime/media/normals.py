@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -42,7 +44,8 @@ class NormalRenderer:
             wp.config.log_level = max(wp.config.log_level, wp.LOG_WARNING)
         else:
             wp.config.quiet = True
-        wp.init()
+        with _native_stderr_closed(device == "cpu"):
+            wp.init()
         try:
             self._device = wp.get_device(device)
         except (ValueError, RuntimeError) as error:
@@ -109,6 +112,24 @@ class NormalRenderer:
         self._normals = wp.empty(len(vertices), dtype=wp.vec3, device=self._device)
         self._mesh = wp.Mesh(self._points, self._indices)
         self._faces = faces.copy()
+
+
+@contextlib.contextmanager
+def _native_stderr_closed(closed: bool) -> Iterator[None]:
+    """Warp's library says on stderr, past Python, that there is no CUDA driver; who renders on the CPU did not ask."""
+    if not closed:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class NormalVideo:

@@ -1,0 +1,337 @@
+"""fp-run from the command line: real files in, real videos out, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from factorportrait.bundle import SCHEMA
+from factorportrait.runtime.cli import main
+
+
+def decode(path) -> tuple[np.ndarray, Fraction]:
+    """All frames uint8 [T, H, W, 3] and the frame rate."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]), stream.average_rate
+
+
+def arguments(bundle, inputs, output, **changes) -> list[str]:
+    """A run that works: shipped portrait and clip, few frames."""
+    values = {
+        "portrait": inputs / "portrait.png",
+        "driving": inputs / "driving_clip",
+        "frames": 7,
+        "steps": 1,
+    } | changes
+    command = [str(bundle), "--output", str(output), "--threads", "1"]
+    for name, value in values.items():
+        if value is True:
+            command.append(f"--{name.replace('_', '-')}")
+        elif value is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return command
+
+
+def test_clip_folder_to_video(tiny_bundle, inputs, tmp_path, capsys):
+    output = tmp_path / "out.mp4"
+    assert main(arguments(tiny_bundle, inputs, output, json=True)) == 0
+    frames, fps = decode(output)
+    assert frames.shape == (7, 32, 32, 3) and fps == 25
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["frames"] == 7 and report["fps"] == "25"
+    assert {"expression", "pose", "step", "commit", "decode", "write"} <= set(report["stage_ms"])
+    assert 0 < report["frame_ms_p50"] <= report["frame_ms_p95"]
+    assert report["time_to_first_frame_ms"] > 0 and report["peak_memory_bytes"] > 2**20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "clip"},
+        {"camera": "orbit:±20"},
+        {"camera": "freeze"},
+        {"driving": None, "expression_from": "driving.mp4", "pose_from": "driving_clip", "camera": "camera_orbit.json"},
+        {"driving": "arkit.csv", "pose_from": "driving_clip", "fps": "25"},
+        {"expression_from": "arkit.csv", "guidance": "expression=2,pose=1.5"},
+        {"side_by_side": True, "chunk": 1, "window": 2},
+    ],
+    ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()),
+)
+def test_sources_and_modes(tiny_bundle, inputs, tmp_path, changes):
+    resolved = {
+        name: inputs / value if isinstance(value, str) and (inputs / value).exists() else value
+        for name, value in changes.items()
+    }
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", **resolved)) == 0
+    frames, _ = decode(tmp_path / "out.mp4")
+    assert frames.shape == (7, 32, 96 if "side_by_side" in changes else 32, 3)
+
+
+def test_same_command_same_bytes(tiny_bundle, inputs, tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        assert main(arguments(tiny_bundle, inputs, tmp_path / name, seed=5)) == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_freeze_holds_pose_and_expression(tiny_bundle, inputs, tmp_path):
+    """A frozen clip differs from a moving one, and its camera moves."""
+    for name, camera in (("frozen", "freeze:30"), ("moving", "orbit:30")):
+        assert main(arguments(tiny_bundle, inputs, tmp_path / f"{name}.mp4", camera=camera, frames=9)) == 0
+    frozen, moving = (decode(tmp_path / f"{name}.mp4")[0].astype(int) for name in ("frozen", "moving"))
+    assert np.abs(frozen - moving).max() > 8
+    assert np.abs(frozen[0] - frozen[-1]).max() > 8
+
+
+def test_driving_shorter_than_a_chunk_is_padded(tiny_bundle, inputs, tmp_path):
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", frames=2)) == 0
+    assert len(decode(tmp_path / "out.mp4")[0]) == 2
+
+
+def test_a_plain_video_needs_a_pose(tiny_bundle, inputs, tmp_path, capsys):
+    """This bundle has no head.npz to pose: refused, and said how to bring a pose."""
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", driving=inputs / "driving.mp4")) == 2
+    assert "has no pose" in capsys.readouterr().err
+
+
+def with_head(bundle: Path, inputs: Path, path: Path) -> Path:
+    """The bundle with the demo's head.npz."""
+    import hashlib
+
+    shutil.copytree(bundle, path)
+    head = (inputs / "head.npz").read_bytes()
+    (path / "head.npz").write_bytes(head)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["head.npz"] = {"sha256": hashlib.sha256(head).hexdigest(), "bytes": len(head)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_a_plain_video_with_a_head_to_pose(tiny_bundle, inputs, tmp_path, capsys):
+    bundle = with_head(tiny_bundle, inputs, tmp_path / "bundle")
+    assert main(arguments(bundle, inputs, tmp_path / "out.mp4", driving=inputs / "driving.mp4")) == 0
+    assert "stays still" in capsys.readouterr().out
+    assert main(arguments(bundle, inputs, tmp_path / "csv.mp4", driving=inputs / "arkit.csv")) == 0
+    assert "head angles" in capsys.readouterr().out
+
+
+# --- what users get wrong ------------------------------------------------------------------------------------------------------
+
+
+def break_text_png(folder, inputs):
+    (folder / "bad.png").write_text("not a picture")
+    return {"portrait": folder / "bad.png"}
+
+
+def break_truncated_video(folder, inputs):
+    data = (inputs / "driving.mp4").read_bytes()
+    (folder / "bad.mp4").write_bytes(data[: len(data) // 3])
+    return {"driving": folder / "bad.mp4"}
+
+
+def break_no_frames(folder, inputs):
+    (folder / "bad.mp4").write_bytes(b"")
+    return {"driving": folder / "bad.mp4"}
+
+
+def break_faces(folder, inputs):
+    with np.load(inputs / "driving_clip" / "mesh.npz") as arrays:
+        faces = arrays["faces"].copy()
+        faces[0, 0] = 10**6
+        np.savez(folder / "mesh.npz", vertices=arrays["vertices"][:4], faces=faces)
+    return {"pose_from": folder / "mesh.npz"}
+
+
+def cameras(folder, inputs, change):
+    data = json.loads((inputs / "driving_clip" / "cameras.json").read_text())
+    change(data["frames"][1])
+    (folder / "cameras.json").write_text(json.dumps(data))
+    return {"camera": folder / "cameras.json"}
+
+
+def break_nan_camera(folder, inputs):
+    def change(frame):
+        frame["c2w"][0][3] = float("nan")
+
+    return cameras(folder, inputs, change)
+
+
+def break_singular_camera(folder, inputs):
+    def change(frame):
+        frame["c2w"][0] = [0.0, 0.0, 0.0, 0.0]
+
+    return cameras(folder, inputs, change)
+
+
+def break_csv(folder, inputs):
+    lines = (inputs / "arkit.csv").read_text().splitlines()
+    (folder / "bad.csv").write_text("\n".join(line.rsplit(",", 20)[0] for line in lines))
+    return {"expression_from": folder / "bad.csv"}
+
+
+def break_baked_normals(folder, inputs):
+    clip = folder / "clip"
+    shutil.copytree(inputs / "driving_clip", clip)
+    (clip / "mesh.npz").unlink()
+    from factorportrait.runtime.media.mesh import PosedHead
+    from factorportrait.runtime.media.normals import NormalRenderer
+    from factorportrait.runtime.media.writer import VideoWriter
+
+    head = PosedHead(inputs / "head.npz")
+    data = json.loads((clip / "cameras.json").read_text())
+    K = np.array([[data["width"] * 3.0, 0, data["width"] / 2], [0, data["width"] * 3.0, data["height"] / 2], [0, 0, 1]])
+    c2w = np.diag([1.0, -1, -1, 1])
+    c2w[2, 3] = 0.95
+    render = NormalRenderer(data["height"], data["width"])
+    with VideoWriter(clip / "normals.mp4", data["width"], data["height"], Fraction(25)) as writer:
+        for _ in range(8):
+            writer.write(render(head.vertices(np.eye(3)), head.faces, K, c2w))
+    return {"driving": clip, "camera": "orbit:20"}
+
+
+BROKEN = {
+    "text named png": (break_text_png, "bad.png"),
+    "missing portrait": (lambda folder, inputs: {"portrait": folder / "nowhere.jpg"}, "nowhere.jpg"),
+    "truncated video": (break_truncated_video, "bad.mp4"),
+    "video without frames": (break_no_frames, "bad.mp4"),
+    "mesh faces out of range": (break_faces, "mesh.npz"),
+    "camera with nan": (break_nan_camera, "frame 1"),
+    "camera not invertible": (break_singular_camera, "frame 1"),
+    "csv without columns": (break_csv, "bad.csv"),
+    "baked normals and another camera": (break_baked_normals, "mesh.npz, which can be seen from anywhere"),
+    "unknown camera": (lambda folder, inputs: {"camera": "orbti:20"}, "orbit"),
+    "unknown container": (lambda folder, inputs: {"output": folder / "out.xyz"}, "out.xyz"),
+    "no such driving": (lambda folder, inputs: {"driving": folder / "none.mp4"}, "none.mp4"),
+    "guidance": (lambda folder, inputs: {"guidance": "smile=2"}, "--guidance"),
+    "steps": (lambda folder, inputs: {"steps": 0}, "--steps"),
+    "window": (lambda folder, inputs: {"window": 99}, "the trained window"),
+    "crop": (lambda folder, inputs: {"driving_crop": "1,2,3"}, "1,2,3"),
+    "clip too long": (lambda folder, inputs: {"mode": "clip", "frames": 60}, "use --mode stream"),
+    "frames that nothing ends": (lambda folder, inputs: {"frames": 0}, "--frames"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_input_is_one_line(tiny_bundle, inputs, tmp_path, capfd, case):
+    make, expected = BROKEN[case]
+    changes = make(tmp_path, inputs)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    output = changes.pop("output", tmp_path / "out.mp4")
+    assert main(arguments(tiny_bundle, inputs, output, **changes)) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("fp-run: error: ") and "\n" not in error and "Traceback" not in error
+    assert expected in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def change_manifest(change):
+    def apply(bundle):
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        change(manifest)
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+def flip_a_byte(bundle):
+    data = bytearray((bundle / "dit.onnx").read_bytes())
+    data[-100] ^= 255
+    (bundle / "dit.onnx").write_bytes(data)
+
+
+BROKEN_BUNDLES = {
+    "no manifest": (lambda bundle: (bundle / "manifest.json").unlink(), "manifest.json"),
+    "missing file": (lambda bundle: (bundle / "dit.onnx").unlink(), "no such file"),
+    "truncated file": (lambda bundle: os.truncate(bundle / "dit.onnx", 1000), "found 1000"),
+    "changed file": (flip_a_byte, "sha256"),
+    "newer schema": (change_manifest(lambda m: m.update(schema=SCHEMA + 1)), "update factorportrait"),
+    "unknown config key": (change_manifest(lambda m: m["config"]["dit"].update(num_layer=3)), "num_layers"),
+    "path outside": (
+        change_manifest(lambda m: m["files"].update({"../x": {"sha256": "0", "bytes": 1}})),
+        "inside the bundle",
+    ),
+    "not json": (lambda bundle: (bundle / "manifest.json").write_text("{"), "JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_BUNDLES)
+def test_damaged_bundle_is_one_line(tiny_bundle, inputs, tmp_path, capfd, case):
+    damage, expected = BROKEN_BUNDLES[case]
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    damage(bundle)
+    assert main(arguments(bundle, inputs, tmp_path / "out.mp4")) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("fp-run: error: ") and "\n" not in error
+    assert expected in error
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_output_folder_that_is_not_writable(tiny_bundle, inputs, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "file" / "out.mp4")) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("fp-run: error: ") and "\n" not in error
+
+
+def limited(bundle, inputs, output, **changes) -> subprocess.Popen:
+    command = [sys.executable, "-m", "factorportrait.runtime.cli", *arguments(bundle, inputs, output, **changes)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_full_disk(tiny_bundle, inputs, tmp_path):
+    """A file system of 64 KiB; the portrait's pictures do not fit."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no permission to mount a small file system here")
+    try:
+        process = limited(tiny_bundle, inputs, disk / "out.mp4", frames=61, side_by_side=True)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 2, error
+        assert "the disk is full" in error and error.strip().count("\n") == 0
+        assert not (disk / "out.mp4").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_interrupt_keeps_what_was_rendered(tiny_bundle, inputs, tmp_path):
+    """Ctrl-C in the middle of a long run: code 130, one line, and a file that plays."""
+    bundle = with_head(tiny_bundle, inputs, tmp_path / "bundle")
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for i in range(4000):  # one picture under many names: a driving that takes long
+        if i == 0:
+            Image.new("RGB", (64, 64), "gray").save(frames / "0.png")
+        else:
+            os.link(frames / "0.png", frames / f"{i}.png")
+    output = tmp_path / "out.mp4"
+    process = limited(bundle, inputs, output, driving=frames, frames=None, steps=4)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(path.stat().st_size > 4000 for path in tmp_path.glob(".out*.part*")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted" in error and "Traceback" not in error
+    pictures, _ = decode(output)
+    assert 0 < len(pictures) < 4000
+    assert not list(tmp_path.glob(".out*"))
