@@ -1,4 +1,4 @@
-"""The CUDA kernels: they compile for every architecture without a GPU, and their arithmetic, run on the CPU, is the oracle's."""
+"""The CUDA kernels compile for every architecture without a GPU, and their arithmetic, on the CPU, is the oracle's."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def test_nvcc_compiles(tmp_path):
 DRIVER = """
 #include "cuda_on_cpu.h"
 #include "embed.cu"
-extern "C" void embed(const double* K, int num_k, const double* c2w, int frames, int slots, int per_slot, int rays, double* maps,
-                      double* folds, unsigned* bad, const float* camera_weight, float* folded, const float* latents, int channels,
-                      const float* latent_weight, const float* bias, int height, int width, int dim, double stride, float* out) {
+extern "C" void embed(const double* K, int num_k, const double* c2w, int frames, int slots, int per_slot, int rays,
+                      double* maps, double* folds, unsigned* bad, const float* camera_weight, float* folded,
+                      const float* latents, int channels, const float* latent_weight, const float* bias, int height,
+                      int width, int dim, double stride, float* out) {
   const unsigned s = slots, rows = height / 2, columns = width / 2, tokens = rows * columns;
   const long long plane = static_cast<long long>(height) * width;
   launch({(s * per_slot + 3) / 4, 1, 1}, {4, 1, 1},
