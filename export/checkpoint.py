@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from factorportrait.errors import CheckpointError
+from factorportrait.errors import CheckpointError, UserError
 from factorportrait.export.checkpoint_files import CONFIG, PARTS, checkpoint_files, read_config, weight_file
 from factorportrait.export.models.factorportrait import FactorPortrait
 from factorportrait.files import whole_folder
@@ -62,7 +62,14 @@ def save_checkpoint(model: FactorPortrait, path: str | Path, dtype: torch.dtype 
                 name: tensor.detach().to("cpu", dtype).contiguous()
                 for name, tensor in getattr(model, part).state_dict().items()
             }
-            save_file(tensors, temporary / weight_file(part))
+            try:
+                save_file(tensors, temporary / weight_file(part))
+            except SafetensorError as error:
+                # Its writer wraps what the system said, such as a full disk.
+                raise UserError(
+                    f"cannot write {path}", expected="a place to write to", found=str(error),
+                    action="free some space, or choose another place",
+                ) from error  # fmt: skip
 
 
 def _load_part(module: nn.Module, file: Path) -> None:
@@ -70,7 +77,8 @@ def _load_part(module: nn.Module, file: Path) -> None:
     tensors = _read_tensors(file)
     expected = module.state_dict()
     _compare_names(file, expected, tensors)
-    for name, tensor in tensors.items():
+    for name in expected:
+        tensor = tensors[name]
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{file}: {name}", expected=f"shape {list(expected[name].shape)}", found=f"{list(tensor.shape)}",
