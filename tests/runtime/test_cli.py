@@ -335,3 +335,33 @@ def test_interrupt_keeps_what_was_rendered(tiny_bundle, inputs, tmp_path):
     pictures, _ = decode(output)
     assert 0 < len(pictures) < 4000
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_sound_of_the_driving_is_kept(tiny_bundle, inputs, tmp_path):
+    """One second of tone beside the shipped driving video; the output has it, cut to its own length."""
+    source = tmp_path / "driving.mkv"
+    pictures, _ = decode(inputs / "driving.mp4")
+    with av.open(str(source), "w") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = pictures.shape[2], pictures.shape[1], "yuv420p"
+        sound = container.add_stream("aac", rate=44100)
+        for picture in pictures[:25]:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        tone = np.sin(np.arange(44100) * 2 * np.pi * 440 / 44100).astype(np.float32)
+        for start in range(0, 44100 - 1024, 1024):
+            frame = av.AudioFrame.from_ndarray(tone[None, start : start + 1024], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, start
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    pose = inputs / "driving_clip"
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", driving=source, pose_from=pose, frames=12)) == 0
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        (stream,) = container.streams.audio
+        seconds = sum(frame.samples for frame in container.decode(stream)) / stream.rate
+        assert 0.4 <= seconds <= 0.56  # 12 frames are 0.48 s; copied sound ends with a whole packet
+    assert (
+        main(arguments(tiny_bundle, inputs, tmp_path / "quiet.mp4", driving=source, pose_from=pose, no_sound=True)) == 0
+    )
+    with av.open(str(tmp_path / "quiet.mp4")) as container:
+        assert not container.streams.audio

@@ -13,7 +13,7 @@ from factorportrait.export.models.factorportrait import ClipConditions
 from factorportrait.runtime.conditions import DrivingFrame
 from factorportrait.runtime.inputs import default_camera
 from factorportrait.runtime.media.camera import ray_maps
-from factorportrait.runtime.schedule import NoiseSource, flow_schedule, parse_guidance
+from factorportrait.runtime.schedule import FACTORS, Guidance, NoiseSource, flow_schedule, parse_guidance
 from factorportrait.runtime.session import open_bundle
 
 
@@ -240,3 +240,19 @@ def test_schedule_recovers_the_clean_latent_of_a_perfect_network(solver):
             + schedule.noise[step] * rng.standard_normal(50)
         )
     assert np.allclose(x, clean)
+
+
+def test_progressive_guidance_is_a_table_too():
+    """DeX-Portrait (arXiv 2512.15524): 35 steps, scale 2.5, first without expression, then with it blended in over 5 steps.
+
+    Three sets (all, without expression, nothing) and their weights say everything: 74 evaluations, as many as the paper's schedule
+    has once the blend of weight zero is skipped.
+    """
+    scale = 2.5
+    weights = []
+    for t in range(35, 0, -1):
+        blend = min(max((30 - t) / 5, 0.0), 1.0)
+        weights.append([scale * blend, scale * (1 - blend), 1 - scale])
+    guidance = Guidance((frozenset(), frozenset(["expression"]), frozenset(FACTORS)), np.array(weights))
+    assert np.allclose(guidance.weights.sum(axis=1), 1)
+    assert int((guidance.weights != 0).sum()) == 74
