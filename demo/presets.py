@@ -1,0 +1,113 @@
+"""Model and training settings of the demo: `cpu` for two cores and hours, `gpu` for one data-centre GPU. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from factorportrait.config import VAEConfig
+from factorportrait.model_config import DiTConfig, ExpressionConfig, GenerationConfig, ModelConfig
+
+NUM_FRAMES = 29  # of a training clip: one latent frame of 1, seven of 4
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """One phase of training. It ends at `steps` optimiser steps or after `minutes`, whichever is first.
+
+    Attributes:
+        parts: micro-batches of a step; on a CPU each of `Preset.workers` threads takes one after the other.
+        learning_rate: of Muon (matrices) and AdamW (everything else) alike; constant, then linear to zero over `cooldown`.
+        batch: samples of a part; the phase says what a sample is.
+    """
+
+    steps: int
+    parts: int
+    batch: int
+    learning_rate: float
+    minutes: float | None = None
+    warmup_steps: int = 50
+    cooldown: float = 0.3
+    weight_decay: float = 0.01
+    ema_decay: float = 0.998
+    validate_every: int = 250
+    save_every_s: float = 150.0
+
+
+@dataclass(frozen=True)
+class DiTSettings(PhaseSettings):
+    """Flow matching.
+
+    Attributes:
+        batch: tokens of a part divided by `tokens_per_frame`, that is slots, so that short and long clips cost the same.
+        stream_share: share of parts with the chunk-causal mask.
+        context_share: share of them whose first chunk is clean context.
+        context_noise: highest noise level of that context, for robustness against drift.
+        drop: chance that a condition is dropped, for each of them.
+        face_weight, background_weight: of latent cells at eyes and mouth, and behind the head; the rest has 1.
+    """
+
+    stream_share: float = 0.5
+    context_share: float = 0.3
+    context_noise: float = 0.1
+    drop: float = 0.08
+    training_shift: float = 1.5
+    pure_noise_share: float = 0.1
+    face_weight: float = 3.0
+    background_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How to train on one kind of machine."""
+
+    name: str
+    workers: int
+    device: str
+    num_clips: int
+    vae: PhaseSettings
+    expression: PhaseSettings
+    dit: DiTSettings
+    seed: int = 0
+    compile: bool = False
+
+
+MODEL = ModelConfig(
+    name="factorportrait-demo",
+    system="factorportrait",
+    height=128,
+    width=128,
+    fps=25.0,
+    vae=VAEConfig(
+        base_dim=24,
+        z_dim=16,
+        dim_mult=(1, 2, 4),
+        num_res_blocks=1,
+        temporal_downsample=(True, True),
+        patch_size=2,
+    ),
+    dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8),
+    expression=ExpressionConfig(encoder_widths=(24, 48, 96, 160)),
+    generation=GenerationConfig(chunk_frames=3, window_frames=6, max_clip_frames=8, timestep_shift=1.0),
+)
+
+CPU = Preset(
+    name="cpu",
+    workers=2,
+    device="cpu",
+    num_clips=2000,
+    vae=PhaseSettings(steps=4000, parts=2, batch=9, learning_rate=3e-3),
+    expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1.5e-3),
+    dit=DiTSettings(steps=8000, parts=2, batch=20, learning_rate=1.5e-3),
+)
+GPU = replace(
+    CPU,
+    name="gpu",
+    workers=1,
+    device="cuda",
+    num_clips=20000,
+    compile=True,
+    vae=replace(CPU.vae, steps=20000, parts=1, batch=144, ema_decay=0.9995),
+    expression=replace(CPU.expression, steps=8000, parts=1, batch=256, ema_decay=0.999),
+    dit=replace(CPU.dit, steps=40000, parts=1, batch=512, ema_decay=0.9995),
+)
+PRESETS = {preset.name: preset for preset in (CPU, GPU)}

@@ -1,0 +1,1 @@
+"""Training of the demo checkpoint, phase by phase: python -m demo.train --help."""

@@ -1,0 +1,179 @@
+"""Phase 4: flow matching of the transformer and the expression controller, under both masks.
+
+x = (1 - sigma) * clean + sigma * noise, target velocity = noise - clean, timestep = 1000 * sigma. In clip mode a clip has one
+sigma, in stream mode each chunk its own; the first chunk is sometimes clean, as committed frames are at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from demo.presets import DiTSettings
+from demo.train.latents import LatentStore
+from demo.train.trainer import Draw, Metrics
+from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait, stream_mask
+from factorportrait.model_config import GenerationConfig
+
+CHUNK_FULL_SHARE = 0.75  # of chunks that have `chunk_frames`; the others are shorter, as the last of a video may be
+NUM_CHUNKS_SHARES = (0.4, 0.5, 0.1)  # of windows with 1, 2, 3 chunks
+WHOLE_CLIP_SHARE = 0.3
+DROP_ALL_SHARE = 0.03
+VALIDATION_SIGMAS = (1.0, 0.75, 0.5, 0.25)
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Muon updates the matrices of the blocks."""
+    return parameter.ndim == 2 and name.startswith("dit.blocks.")
+
+
+def prepare(model: FactorPortrait) -> None:
+    """Start the head at zero and train the transformer and the controller alone."""
+    with torch.no_grad():
+        model.dit.head.head.weight.zero_()
+        model.dit.head.head.bias.zero_()
+    model.requires_grad_(False)
+    model.dit.requires_grad_(True)
+    model.expression["controller"].requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Latent frames start..start+frames-1 of a clip; chunks is None under the bidirectional mask."""
+
+    start: int
+    frames: int
+    chunks: tuple[int, ...] | None
+
+
+def draw_window(draw: Draw, settings: DiTSettings, generation: GenerationConfig, total: int) -> Window:
+    """Which part of clips of `total` latent frames a micro-batch sees, and how it is cut into chunks."""
+    rng = draw.rng
+    if not draw.chance(settings.stream_share):
+        longest = min(total, generation.max_clip_frames)
+        frames = longest if draw.chance(WHOLE_CLIP_SHARE) else int(rng.integers(1, longest + 1))
+        return Window(int(rng.integers(total - frames + 1)), frames, None)
+    chunks: list[int] = []
+    for _ in range(1 + rng.choice(len(NUM_CHUNKS_SHARES), p=NUM_CHUNKS_SHARES)):
+        size = generation.chunk_frames
+        size = size if draw.chance(CHUNK_FULL_SHARE) else int(rng.integers(1, size + 1))
+        # Never longer than the window, so that positions are those of a rolling cache.
+        if sum(chunks) + size <= min(generation.window_frames, total):
+            chunks.append(size)
+    frames = sum(chunks)
+    return Window(int(rng.integers(total - frames + 1)), frames, tuple(chunks))
+
+
+def draw_sigmas(draw: Draw, settings: DiTSettings, window: Window, batch: int) -> tuple[Tensor, Tensor]:
+    """Noise levels [B, N] of the frames, and which of them [B, N] are clean context (timestep 0, no loss)."""
+    sizes = torch.tensor(window.chunks or (window.frames,))
+    uniform = draw.uniform((batch, len(sizes)), torch.device("cpu"))
+    shift = settings.training_shift
+    sigmas = shift * uniform / (1 + (shift - 1) * uniform)
+    pure = draw.uniform(sigmas.shape, torch.device("cpu")) < settings.pure_noise_share
+    sigmas = torch.where(pure, 1.0, sigmas)
+    context = torch.zeros(sigmas.shape, dtype=torch.bool)
+    if len(sizes) > 1:
+        context[:, 0] = draw.uniform((batch,), torch.device("cpu")) < settings.context_share
+    sigmas = torch.where(context, settings.context_noise * uniform, sigmas)
+    return sigmas.repeat_interleave(sizes, 1), context.repeat_interleave(sizes, 1)
+
+
+def load_conditions(
+    model: FactorPortrait, store: LatentStore, clips: list[int], window: Window, from_image: Tensor
+) -> ClipConditions:
+    """Conditions of a window. from_image [B]: codes of the expression encoder, otherwise of the ARKit map."""
+    device = from_image.device
+    part = slice(window.start, window.start + window.frames)
+    with torch.no_grad():
+        mapped = model.expression["arkit"](store.stack("coefficients", clips, device)).float()
+    codes = torch.where(from_image[:, None, None], store.stack("codes", clips, device), mapped)
+    modulation = model.clip_modulation(codes)
+    return ClipConditions(
+        reference_latents=store.stack("reference", clips, device),
+        pose_latents=store.stack("pose", clips, device)[:, :, part],
+        rays=store.stack("rays", clips, device)[:, :, part],
+        expression_modulation=torch.cat([modulation[:, :1], modulation[:, 1:][:, part]], dim=1),
+    )
+
+
+def drop_conditions(conditions: ClipConditions, draw: Draw, share: float) -> ClipConditions:
+    """Zero each condition of a clip with the chance `share`, and all of them now and then."""
+    batch, device = len(conditions.rays), conditions.rays.device
+    kept = (draw.uniform((batch, 4), device) >= share) & (draw.uniform((batch, 1), device) >= DROP_ALL_SHARE)
+    reference, pose, rays, expression = kept.float().unbind(1)
+
+    def masked(x: Tensor, keep: Tensor) -> Tensor:
+        return x * keep.view(-1, *[1] * (x.ndim - 1))
+
+    return ClipConditions(
+        masked(conditions.reference_latents, reference),
+        masked(conditions.pose_latents, pose),
+        masked(conditions.rays, rays),
+        masked(conditions.expression_modulation, expression),
+    )
+
+
+def window_mask(model: FactorPortrait, window: Window, device: torch.device) -> Tensor | None:
+    if window.chunks is None:
+        return None
+    config = model.config
+    return stream_mask(list(window.chunks), config.generation.window_frames, config.tokens_per_frame).to(device)
+
+
+def dit_loss(
+    model: FactorPortrait, draw: Draw, store: LatentStore, settings: DiTSettings, device: torch.device
+) -> tuple[Tensor, Metrics]:
+    """Loss of one part: clips drawn at random, all with the same window."""
+    total = store.stack("latents", [0]).shape[2]
+    window = draw_window(draw, settings, model.config.generation, total)
+    batch = max(1, settings.batch // (1 + window.frames))
+    clips = [int(clip) for clip in draw.rng.integers(len(store), size=batch)]
+    part = slice(window.start, window.start + window.frames)
+    from_image = draw.uniform((batch,), device) < 0.5
+    conditions = drop_conditions(load_conditions(model, store, clips, window, from_image), draw, settings.drop)
+    clean = store.stack("latents", clips, device)[:, :, part]
+    sigmas, context = (t.to(device) for t in draw_sigmas(draw, settings, window, batch))
+    noise, level = draw.normal(clean.shape, device), sigmas[:, None, :, None, None]
+    noisy = (1 - level) * clean + level * noise
+    velocity = model.predict_clip(noisy, 1000 * sigmas * ~context, conditions, window_mask(model, window, device))
+    scale = torch.tensor([settings.background_weight, 1.0, settings.face_weight], device=device)
+    weights = scale[store.stack("weights", clips, device)[:, part].long()] * ~context[:, :, None, None]
+    error = (velocity.float() - (noise - clean)).square().mean(1)
+    loss = (error * weights).sum() / weights.sum().clamp(min=1)
+    return loss, {"stream_loss" if window.chunks else "clip_loss": loss.item()}
+
+
+@torch.no_grad()
+def validate(model: FactorPortrait, store: LatentStore, device: torch.device, clips: int = 16) -> Metrics:
+    """Errors of the predicted clean latents of unseen people in clip mode, and what the expression code is worth at the face."""
+    indices = list(range(min(clips, len(store))))
+    clean = store.stack("latents", indices, device)
+    window = Window(0, clean.shape[2], None)
+    with torch.autocast(device.type, torch.bfloat16):
+        conditions = load_conditions(model, store, indices, window, torch.ones(len(indices), dtype=bool, device=device))
+    noise = Draw(0, "validate", 0, 0).normal(clean.shape, device)
+    face = store.stack("weights", indices, device) == 2
+    zeroed = ClipConditions(
+        conditions.reference_latents,
+        conditions.pose_latents,
+        conditions.rays,
+        torch.zeros_like(conditions.expression_modulation),
+    )
+
+    def clean_error(sigma: float, conditions: ClipConditions) -> Tensor:
+        x = (1 - sigma) * clean + sigma * noise
+        timesteps = torch.full(clean.shape[:1] + clean.shape[2:3], 1000 * sigma, device=device)
+        with torch.autocast(device.type, torch.bfloat16):
+            velocity = model.predict_clip(x, timesteps, conditions)
+        return (x - sigma * velocity.float() - clean).square().mean(1)
+
+    errors = {sigma: clean_error(sigma, conditions) for sigma in VALIDATION_SIGMAS}
+    metrics = {f"val_error_{sigma:g}": float(error.mean()) for sigma, error in errors.items()}
+    metrics["val_face_error"] = float(errors[1.0][face].mean())
+    metrics["val_face_error_zeroed"] = float(clean_error(1.0, zeroed)[face].mean())
+    metrics["val_velocity_loss"] = float(np.mean([float(e.mean()) / s**2 for s, e in errors.items()]))
+    return metrics

@@ -1,0 +1,110 @@
+"""Phase 2: the expression encoder (picture -> code) and the map from ARKit coefficients to the same code.
+
+The code is fixed beforehand: standardised coefficients, turned by a random orthonormal basis to unit variance per dimension. The
+map fits it; the encoder regresses it from pictures of any person, view and head pose, which makes it invariant to all three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from demo.train.data import ClipStore, to_unit
+from demo.train.trainer import Draw, Metrics
+from factorportrait.arkit import ARKIT_NAMES
+
+STD_FLOOR = 0.1  # rare actions are not blown up beyond this
+JITTER = 0.12  # of the crop's place and size, as a share of the picture
+STATISTICS_CLIPS = 256
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Muon updates the inner convolutions of the encoder and the inner layer of the map."""
+    return parameter.ndim == 4 and name != "encoder.features.0.weight" or name == "arkit.layers.2.weight"
+
+
+@dataclass
+class CodeBasis:
+    """Between coefficients and codes: code = (coefficients - mean) / std @ basis."""
+
+    mean: Tensor  # [52]
+    std: Tensor  # [52]
+    basis: Tensor  # [52, E]
+
+    @classmethod
+    def from_clips(cls, store: ClipStore, code_dim: int, seed: int) -> CodeBasis:
+        """Statistics of the first clips and a basis drawn from the seed."""
+        count = len(ARKIT_NAMES)
+        values = [store.get(clip, "coefficients") for clip in range(min(STATISTICS_CLIPS, len(store)))]
+        values = torch.from_numpy(np.concatenate(values)).float()
+        random = torch.randn(code_dim, count, generator=torch.Generator().manual_seed(seed))
+        basis = torch.linalg.qr(random)[0].T * (code_dim / count) ** 0.5
+        return cls(values.mean(0), values.std(0).clamp(min=STD_FLOOR), basis.contiguous())
+
+    def to(self, device: torch.device) -> CodeBasis:
+        return CodeBasis(self.mean.to(device), self.std.to(device), self.basis.to(device))
+
+    def code(self, coefficients: Tensor) -> Tensor:
+        """[..., 52] -> [..., E]."""
+        return (coefficients - self.mean) / self.std @ self.basis
+
+    def coefficients(self, code: Tensor) -> Tensor:
+        """[..., E] -> [..., 52], the linear probe."""
+        count, code_dim = self.basis.shape
+        return code @ self.basis.T * (count / code_dim) * self.std + self.mean
+
+
+def jitter(images: Tensor, draw: Draw) -> Tensor:
+    """[B, 3, S, S] -> the same with another crop, brightness and contrast per picture."""
+    amounts = draw.uniform((images.shape[0], 5), images.device) * 2 - 1
+    scale, shift = 1 + JITTER * amounts[:, :1], JITTER * amounts[:, 1:3]
+    affine = torch.cat([scale, scale * 0, shift[:, :1], scale * 0, scale, shift[:, 1:]], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    contrast, brightness = 1 + 0.2 * amounts[:, 3], 0.15 * amounts[:, 4]
+    return (moved * contrast.view(-1, 1, 1, 1) + brightness.view(-1, 1, 1, 1)).clamp(-1, 1)
+
+
+def sample_images(store: ClipStore, draw: Draw, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pictures [B, 3, H, W] of `count` different moments, and their coefficients [B, 52]."""
+    rng = draw.rng
+    places = [(int(rng.integers(len(store))), int(rng.integers(len(store.get(0, "frames"))))) for _ in range(count)]
+    pictures = np.stack([store.get(clip, "frames")[frame] for clip, frame in places])
+    coefficients = np.stack([store.get(clip, "coefficients")[frame] for clip, frame in places])
+    return to_unit(pictures[:, None], device)[:, :, 0], torch.from_numpy(coefficients).float().to(device)
+
+
+def sample_coefficients(draw: Draw, coefficients: Tensor, count: int) -> Tensor:
+    """[B, 52] -> [B + count, 52]: more, each with a few actions of any strength, as a user's file may have."""
+    shape = (count, coefficients.shape[1])
+    amounts = draw.uniform(shape, coefficients.device)
+    active = draw.uniform(shape, coefficients.device) < draw.uniform((count, 1), coefficients.device) ** 2
+    return torch.cat([coefficients, amounts * active])
+
+
+def expression_loss(
+    nets: nn.ModuleDict, draw: Draw, images: Tensor, coefficients: Tensor, basis: CodeBasis
+) -> tuple[Tensor, Metrics]:
+    """Regression of the code by both networks."""
+    seen = F.mse_loss(nets["encoder"](jitter(images, draw)).float(), basis.code(coefficients))
+    many = sample_coefficients(draw, coefficients, 4 * len(coefficients))
+    mapped = F.mse_loss(nets["arkit"](many).float(), basis.code(many))
+    return seen + mapped, {"encoder_mse": seen.item(), "arkit_mse": mapped.item()}
+
+
+@torch.no_grad()
+def validate(nets: nn.ModuleDict, store: ClipStore, basis: CodeBasis, device: torch.device) -> Metrics:
+    """Share of the code's variance that the encoder explains on unseen people, and errors of coefficients."""
+    images, coefficients = sample_images(store, Draw(0, "validate", 0, 0), 192, device)
+    code, target = nets["encoder"](images).float(), basis.code(coefficients)
+    mapped = nets["arkit"](coefficients).float()
+    variance = (target - target.mean(0)).square().mean()
+    return {
+        "val_explained": float(1 - (code - target).square().mean() / variance),
+        "val_coefficient_error": float((basis.coefficients(code) - coefficients).abs().mean()),
+        "val_arkit_mse": float(F.mse_loss(mapped, target)),
+    }

@@ -1,0 +1,152 @@
+"""Phase 3: everything that the transformer is trained on, computed once per clip and stored in half precision.
+
+One .npz per shard. N latent frames, T frames, h x w latent cells:
+
+| array | shape |
+|---|---|
+| latents, pose | [n, 16, N, h, w] of the pictures and of the normal maps, normalised |
+| reference | [n, 16, 1, h, w] of the portrait |
+| rays | [n, 24, N, h, w] |
+| codes | [n, 4N, E] of the expression encoder, by groups of four frames |
+| coefficients | [n, 4N, 52] by groups of four frames |
+| weights | [n, N, h, w]: 0 behind the head, 1 on it, 2 at eyes and mouth |
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from demo.train.data import ClipStore, to_unit
+from demo.world.appearance import Identity
+from demo.world.head import MATERIALS
+from factorportrait.export.models.vae import VideoVAE
+from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
+from factorportrait.runtime.media.camera import ray_maps
+
+log = logging.getLogger(__name__)
+MARGIN_PX = 5  # around the projected eyes and mouth; brows and lips lie outside of those vertices
+DENSITY = 8  # every eighth vertex is enough for a box
+
+
+def group_frames(values: np.ndarray) -> np.ndarray:
+    """[T, ...] of 4n + 1 frames -> [4(n + 1), ...]: the first frame four times, then the others."""
+    return np.concatenate([np.repeat(values[:1], FRAMES_PER_LATENT, axis=0), values[1:]])
+
+
+def pack_rays(K: np.ndarray, c2w: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """K [T, 3, 3], c2w [T, 4, 4] -> [24 or 6, N, h, w] as the runtime packs them."""
+    rays = group_frames(ray_maps(K, c2w, config.height, config.width, config.vae.spatial_stride))
+    groups = rays.reshape(-1, FRAMES_PER_LATENT, *rays.shape[1:])
+    groups = groups if config.fusion.rays == "packed" else groups[:, -1:]
+    return groups.reshape(len(groups), -1, *rays.shape[2:]).swapaxes(0, 1)
+
+
+def face_cells(clip: dict[str, np.ndarray], config: ModelConfig) -> np.ndarray:
+    """[N, h, w] bool: cells that the eyes or the mouth touch in some frame of the group. clip: arrays of one clip."""
+    identity = Identity.from_dict(json.loads(str(clip["identity"])))
+    head = identity.head()
+    mouth = np.unique(head.faces[np.isin(head.basis.material, [MATERIALS.index("mouth"), MATERIALS.index("teeth")])])
+    stride = config.vae.spatial_stride
+    cells = np.zeros((len(clip["K"]), config.latent_height, config.latent_width), bool)
+    for t in range(len(cells)):
+        posed = head.pose(clip["coefficients"][t], clip["rotation"][t], clip["translation"][t])
+        for rows in (*head.basis.eye_rows, mouth):
+            camera = np.linalg.inv(clip["c2w"][t])
+            points = (posed[rows[::DENSITY]] @ camera[:3, :3].T + camera[:3, 3]) @ clip["K"][t].T
+            pixels = points[:, :2] / points[:, 2:]
+            low = np.maximum(np.floor((pixels.min(0) - MARGIN_PX) / stride), 0).astype(int)
+            high = np.maximum(np.floor((pixels.max(0) + MARGIN_PX) / stride) + 1, 0).astype(int)
+            cells[t, low[1] : high[1], low[0] : high[0]] = True
+    return group_frames(cells).reshape(-1, FRAMES_PER_LATENT, *cells.shape[1:]).any(1)
+
+
+def cell_classes(clip: dict[str, np.ndarray], config: ModelConfig) -> np.ndarray:
+    """[N, h, w] uint8: 0 background, 1 head and shoulders, 2 eyes or mouth."""
+    stride = config.vae.spatial_stride
+    covered = clip["normals"].any(-1)
+    covered = covered.reshape(len(covered), config.latent_height, stride, config.latent_width, stride).any((2, 4))
+    covered = group_frames(covered).reshape(-1, FRAMES_PER_LATENT, *covered.shape[1:]).any(1)
+    return np.where(face_cells(clip, config), 2, covered).astype(np.uint8)
+
+
+@torch.no_grad()
+def latent_statistics(vae: VideoVAE, store: ClipStore, device: torch.device, clips: int = 64) -> dict[str, list[float]]:
+    """Mean and standard deviation per channel of the raw latents of pictures."""
+    picked = np.linspace(0, len(store) - 1, min(clips, len(store))).astype(int)
+    latents = torch.stack([encode(vae, store.get(int(clip), "frames")[None], device)[0] for clip in picked])
+    channels = latents.movedim(1, 0).flatten(1)
+    mean, std = channels.mean(1), channels.std(1)
+    return {"mean": [round(float(v), 5) for v in mean], "std": [round(float(v), 5) for v in std]}
+
+
+@torch.no_grad()
+def encode(vae: VideoVAE, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [n, T, H, W, 3] -> latents [n, 16, N, h, w], clip by clip."""
+    parts = []
+    for clip in pictures:
+        with torch.autocast(device.type, torch.bfloat16):
+            parts.append(vae.encode_whole(to_unit(clip[None], device)).float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def encode_shard(
+    vae: VideoVAE, expression: nn.ModuleDict, shard: dict[str, np.ndarray], config: ModelConfig, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Arrays of one shard -> see the module's table."""
+    with torch.autocast(device.type, torch.bfloat16):
+        codes = [expression["encoder"](to_unit(clip[:, None], device)[:, :, 0]).float() for clip in shard["frames"]]
+    clips = [{name: values[i] for name, values in shard.items()} for i in range(len(shard["kind"]))]
+    return {
+        "latents": encode(vae, shard["frames"], device).cpu().numpy().astype(np.float16),
+        "pose": encode(vae, shard["normals"], device).cpu().numpy().astype(np.float16),
+        "reference": encode(vae, shard["portrait"][:, None], device).cpu().numpy().astype(np.float16),
+        "rays": np.stack([pack_rays(clip["K"], clip["c2w"], config) for clip in clips]).astype(np.float16),
+        "codes": np.stack([group_frames(code.cpu().numpy()) for code in codes]).astype(np.float16),
+        "coefficients": np.stack([group_frames(clip["coefficients"]) for clip in clips]).astype(np.float16),
+        "weights": np.stack([cell_classes(clip, config) for clip in clips]),
+    }
+
+
+def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f"{path.name}.part.{os.getpid()}")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(temporary, path)
+
+
+class LatentStore:
+    """All encoded shards of a folder in memory; `refresh` adds new ones."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._read: list[Path] = []
+        self._arrays: dict[str, list[np.ndarray]] = {}
+        self._places: list[tuple[int, int]] = []
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def refresh(self) -> None:
+        for path in sorted(self.folder.glob("shard-*.npz")):
+            if path in self._read:
+                continue
+            with np.load(path) as archive:
+                for name in archive.files:
+                    self._arrays.setdefault(name, []).append(archive[name])
+            self._places += [(len(self._read), i) for i in range(len(self._arrays["latents"][-1]))]
+            self._read.append(path)
+
+    def stack(self, name: str, clips: list[int], device: torch.device | str = "cpu") -> Tensor:
+        """The array `name` of these clips, [B, ...]; floats in fp32."""
+        arrays, places = self._arrays[name], [self._places[clip] for clip in clips]
+        values = torch.from_numpy(np.stack([arrays[shard][i] for shard, i in places])).to(device)
+        return values.float() if values.is_floating_point() else values

@@ -1,0 +1,205 @@
+"""The phases in the order in which they run; each takes what the earlier ones left in the work folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from demo.presets import MODEL, PhaseSettings, Preset
+from demo.train import dit as dit_phase
+from demo.train import expression as expression_phase
+from demo.train import latents as latents_phase
+from demo.train import vae as vae_phase
+from demo.train.data import ClipStore
+from demo.train.evaluate import evaluate
+from demo.train.trainer import Metrics, Trainer
+from factorportrait.errors import UserError
+from factorportrait.export.checkpoint import save_checkpoint
+from factorportrait.export.models.expression import ArkitEncoder, ExpressionEncoder
+from factorportrait.export.models.factorportrait import FactorPortrait
+from factorportrait.export.models.vae import VideoVAE
+from factorportrait.model_config import ModelConfig
+
+log = logging.getLogger(__name__)
+REFRESH_STEPS = 50  # between two looks for new shards
+LATENT_SPLITS = ("val", "train")
+
+
+@dataclass
+class Job:
+    """What the command line asks for."""
+
+    preset: Preset
+    data: Path
+    work: Path
+    out: Path
+    minutes: float | None = None
+    device_name: str | None = None
+    clips: int = 32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.device_name or self.preset.device)
+
+    def store(self, split: str) -> ClipStore:
+        return ClipStore(self.data / split, self.work / "unpacked" / split)
+
+    def settings(self, settings: PhaseSettings) -> PhaseSettings:
+        return settings if self.minutes is None else replace(settings, minutes=self.minutes)
+
+
+def refresher(store: ClipStore | latents_phase.LatentStore):
+    """Looks for new shards every `REFRESH_STEPS` steps."""
+
+    def refresh(step: int) -> None:
+        if step % REFRESH_STEPS == 0:
+            store.refresh()
+
+    return refresh
+
+
+def run_vae(job: Job) -> None:
+    train, val = job.store("train"), job.store("val")
+    torch.manual_seed(job.preset.seed)
+    settings = job.settings(job.preset.vae)
+    trainer = Trainer(
+        "vae",
+        VideoVAE(MODEL.vae).to(job.device),
+        settings,
+        job.work,
+        job.preset.seed,
+        vae_phase.is_matrix,
+        job.preset.workers,
+    )
+    trainer.resume()
+
+    def part_loss(vae, draw, part):
+        return vae_phase.vae_loss(vae, draw, vae_phase.sample_crops(train, draw, settings.batch, part, job.device))
+
+    trainer.run(part_loss, partial(vae_phase.validate, store=val, device=job.device), refresher(train))
+
+
+def averaged(job: Job, phase: str) -> dict[str, torch.Tensor]:
+    """The averaged weights that a phase has reached."""
+    path = job.work / f"{phase}.pt"
+    if not path.exists():
+        raise UserError(f"no {path}", expected="a trained phase", action=f"run python -m demo.train {phase} first")
+    return torch.load(path, map_location=job.device, weights_only=True)["ema"]
+
+
+def expression_nets() -> nn.ModuleDict:
+    return nn.ModuleDict({"encoder": ExpressionEncoder(MODEL.expression), "arkit": ArkitEncoder(MODEL.expression)})
+
+
+def run_expression(job: Job) -> None:
+    train, val = job.store("train"), job.store("val")
+    torch.manual_seed(job.preset.seed)
+    settings = job.settings(job.preset.expression)
+    basis = expression_phase.CodeBasis.from_clips(train, MODEL.expression.code_dim, job.preset.seed).to(job.device)
+    trainer = Trainer(
+        "expression",
+        expression_nets().to(job.device),
+        settings,
+        job.work,
+        job.preset.seed,
+        expression_phase.is_matrix,
+        job.preset.workers,
+    )
+    trainer.resume()
+
+    def part_loss(nets, draw, part):
+        images, coefficients = expression_phase.sample_images(train, draw, settings.batch, job.device)
+        return expression_phase.expression_loss(nets, draw, images, coefficients, basis)
+
+    trainer.run(
+        part_loss,
+        partial(expression_phase.validate, store=val, basis=basis, device=job.device),
+        refresher(train),
+    )
+
+
+def config_with_statistics(work: Path) -> ModelConfig:
+    """The model's config with the latents' mean and deviation that `latents` measured."""
+    statistics = json.loads((work / "latent_stats.json").read_text())
+    vae = replace(MODEL.vae, latents_mean=tuple(statistics["mean"]), latents_std=tuple(statistics["std"]))
+    return replace(MODEL, vae=vae)
+
+
+def assemble(job: Job) -> FactorPortrait:
+    """The whole model from the phases so far; the transformer is untrained when `dit` has not run."""
+    torch.manual_seed(job.preset.seed)
+    model = FactorPortrait(config_with_statistics(job.work)).to(job.device)
+    model.vae.load_state_dict(averaged(job, "vae"))
+    model.expression.load_state_dict(averaged(job, "expression"), strict=False)
+    with torch.no_grad():
+        neutral = model.expression["arkit"](torch.zeros(1, 52, device=job.device))[0]
+        model.expression["controller"].neutral_code.copy_(neutral)
+    if (job.work / "dit.pt").exists():
+        model.load_state_dict(averaged(job, "dit"))
+    return model
+
+
+def run_latents(job: Job) -> None:
+    """Encode the shards that are there; run it again when there are more."""
+    statistics = job.work / "latent_stats.json"
+    if not statistics.exists():
+        vae = VideoVAE(MODEL.vae).to(job.device).eval()
+        vae.load_state_dict(averaged(job, "vae"))
+        values = latents_phase.latent_statistics(vae, job.store("train"), job.device)
+        statistics.write_text(json.dumps(values) + "\n")
+    model = assemble(job).eval()
+    for split in LATENT_SPLITS:
+        folder = job.work / "latents" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, shard in job.store(split).shards:
+            path = folder / f"{name}.npz"
+            if path.exists():
+                continue
+            began = time.perf_counter()
+            arrays = latents_phase.encode_shard(model.vae, model.expression, shard, model.config, job.device)
+            latents_phase.write_shard(path, arrays)
+            log.info("%s/%s in %.1f s", split, name, time.perf_counter() - began)
+
+
+def run_dit(job: Job) -> None:
+    train = latents_phase.LatentStore(job.work / "latents" / "train")
+    val = latents_phase.LatentStore(job.work / "latents" / "val")
+    settings = job.settings(job.preset.dit)
+    model = assemble(job)
+    dit_phase.prepare(model)
+    trainer = Trainer("dit", model, settings, job.work, job.preset.seed, dit_phase.is_matrix, job.preset.workers)
+    trainer.resume()
+    if job.preset.compile:
+        model.dit.compile()
+
+    def part_loss(model, draw, part):
+        return dit_phase.dit_loss(model, draw, train, settings, job.device)
+
+    def validate(model: FactorPortrait) -> Metrics:
+        save_checkpoint(model, job.out, torch.float16)
+        return {**dit_phase.validate(model, val, job.device), "clips": len(train)}
+
+    trainer.run(part_loss, validate, refresher(train))
+
+
+def run_export(job: Job) -> None:
+    """Write the checkpoint folder: fp16 weights, and the demo's head mesh beside them."""
+    save_checkpoint(assemble(job), job.out, torch.float16)
+    head = Path(__file__).parents[1] / "inputs" / "head.npz"
+    if head.exists():
+        shutil.copy(head, job.out / "head.npz")
+    size = sum(file.stat().st_size for file in job.out.glob("*.safetensors"))
+    log.info("%s: %.1f MiB of weights", job.out, size / 2**20)
+
+
+def run_evaluate(job: Job) -> None:
+    """Figures and a contact sheet of test identities into the work folder."""
+    evaluate(assemble(job).eval(), job.store("test"), job.work, job.device, job.clips)

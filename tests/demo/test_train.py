@@ -1,0 +1,186 @@
+"""Training: resuming, masks and partitions, losses that fall. Toy sizes, a few seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from demo.presets import CPU, MODEL, DiTSettings, PhaseSettings
+from demo.train.dit import dit_loss, draw_sigmas, draw_window, is_matrix, prepare
+from demo.train.expression import CodeBasis
+from demo.train.latents import LatentStore, group_frames, pack_rays, write_shard
+from demo.train.muon import orthogonalise
+from demo.train.sampling import euler, sample_clip, sample_stream
+from demo.train.trainer import Draw, Trainer, learning_rate
+from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait
+from factorportrait.model_config import DiTConfig
+
+TOY = replace(
+    MODEL,
+    height=32,
+    width=32,
+    dit=DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2),
+    vae=replace(MODEL.vae, base_dim=8, dim_mult=(1, 1, 1)),
+    expression=replace(MODEL.expression, image_size=32, encoder_widths=(8, 8), hidden_dim=16),
+)
+
+
+def toy_settings(**changes) -> PhaseSettings:
+    return PhaseSettings(**{"steps": 12, "parts": 2, "batch": 8, "learning_rate": 1e-2, "warmup_steps": 2, **changes})
+
+
+def linear_loss(module, draw, part):
+    x = draw.normal((16, 4), torch.device("cpu"))
+    return (module(x).float() - x.flip(1)).square().mean(), {"part": part}
+
+
+def toy_trainer(work: Path, workers: int = 1, **changes) -> Trainer:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    return Trainer("toy", module, toy_settings(**changes), work, 0, lambda name, p: name == "0.weight", workers)
+
+
+def test_resumed_run_equals_uninterrupted_one(tmp_path):
+    whole = toy_trainer(tmp_path / "a")
+    whole.run(linear_loss)
+    first = toy_trainer(tmp_path / "b", steps=5, cooldown=0.0)
+    second = toy_trainer(tmp_path / "b")
+    first.settings = replace(second.settings, steps=12)
+    for _ in range(5):
+        first.train_step(linear_loss, learning_rate(first.settings, first.step, 0))
+    first.save()
+    second.resume()
+    second.run(linear_loss)
+    assert second.step == whole.step == 12
+    for a, b in zip(whole.ema.parameters(), second.ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_threads_change_nothing(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        runs = [toy_trainer(tmp_path / str(workers), workers) for workers in (1, 2)]
+        for run in runs:
+            run.run(linear_loss)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(runs[0].module.parameters(), runs[1].module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_learning_rate_warms_up_and_falls_by_steps_or_time():
+    settings = toy_settings(steps=100, minutes=1.0, cooldown=0.5)
+    rates = [learning_rate(settings, step, 0.0) / settings.learning_rate for step in (0, 1, 50, 75)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert learning_rate(settings, 10, 45.0) == pytest.approx(0.5 * settings.learning_rate)
+
+
+def test_orthogonalised_singular_values_are_near_one():
+    matrix = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrix).float())
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+@pytest.mark.parametrize("step", range(60))
+def test_windows_fit_the_clip_and_context_carries_no_noise(step):
+    settings, generation = CPU.dit, MODEL.generation
+    draw = Draw(0, "test", step, 0)
+    window = draw_window(draw, settings, generation, 8)
+    assert 0 <= window.start and window.start + window.frames <= 8
+    if window.chunks is not None:
+        assert sum(window.chunks) == window.frames <= generation.window_frames
+        assert max(window.chunks) <= generation.chunk_frames
+    sigmas, context = draw_sigmas(draw, settings, window, 5)
+    assert sigmas.shape == context.shape == (5, window.frames)
+    assert sigmas[context].max() <= settings.context_noise if context.any() else True
+    assert not context[:, -1].any()
+    if window.chunks is None:
+        assert (sigmas == sigmas[:, :1]).all()
+
+
+def toy_store(folder: Path, clips: int = 3) -> LatentStore:
+    rng = np.random.default_rng(0)
+    h, w, groups = TOY.latent_height, TOY.latent_width, 8
+    smooth = rng.standard_normal((clips, 16, 1, 1, 1)) + np.zeros((clips, 16, groups, h, w))
+    write_shard(
+        folder / "shard-00000.npz",
+        {
+            "latents": smooth.astype(np.float16),
+            "pose": rng.standard_normal((clips, 16, groups, h, w)).astype(np.float16),
+            "reference": smooth[:, :, :1].astype(np.float16),
+            "rays": rng.standard_normal((clips, 24, groups, h, w)).astype(np.float16),
+            "codes": rng.standard_normal((clips, 4 * groups, 128)).astype(np.float16),
+            "coefficients": rng.random((clips, 4 * groups, 52)).astype(np.float16),
+            "weights": rng.integers(0, 3, (clips, groups, h, w)).astype(np.uint8),
+        },
+    )
+    return LatentStore(folder)
+
+
+def test_transformer_learns_and_only_what_it_should(tmp_path):
+    torch.manual_seed(0)
+    model = FactorPortrait(TOY)
+    prepare(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    settings = DiTSettings(steps=40, parts=1, batch=24, learning_rate=3e-3, warmup_steps=2)
+    store, losses = toy_store(tmp_path), []
+    trainer = Trainer("dit", model, settings, tmp_path, 0, is_matrix)
+
+    def part_loss(model, draw, part):
+        loss, metrics = dit_loss(model, draw, store, settings, torch.device("cpu"))
+        losses.append(loss.item())
+        return loss, metrics
+
+    trainer.run(part_loss)
+    assert np.mean(losses[-8:]) < 0.75 * np.mean(losses[:8])
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"dit", "expression"}
+    assert not any(name.startswith("expression.encoder") for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_euler_is_exact_for_a_straight_path():
+    clean, noise = torch.randn(2, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    for steps, shift in ((1, 1.0), (4, 3.0)):
+        assert torch.allclose(euler(lambda x, sigma: noise - clean, noise, steps, shift), clean, atol=1e-6)
+
+
+def test_stream_of_one_chunk_equals_the_masked_clip():
+    torch.manual_seed(0)
+    model = FactorPortrait(TOY).eval()
+    frames, h, w = 5, TOY.latent_height, TOY.latent_width
+    conditions = ClipConditions(
+        torch.randn(1, 16, 1, h, w),
+        torch.randn(1, 16, frames, h, w),
+        torch.randn(1, 24, frames, h, w),
+        model.clip_modulation(torch.randn(1, 4 * frames, 128)).detach(),
+    )
+    noise = torch.randn(1, 16, frames, h, w)
+    stream = sample_stream(model, conditions, noise, 2, 1.0)
+    assert stream.shape == sample_clip(model, conditions, noise, 2, 1.0).shape == noise.shape
+    with_other_future = noise.clone()
+    with_other_future[:, :, 3:] += 1
+    again = sample_stream(model, conditions, with_other_future, 2, 1.0)
+    assert torch.equal(stream[:, :, :3], again[:, :, :3])
+    assert not torch.equal(stream[:, :, 3:], again[:, :, 3:])
+
+
+def test_code_basis_probe_inverts_the_code():
+    random = torch.randn(128, 52, generator=torch.Generator().manual_seed(0))
+    basis = CodeBasis(torch.rand(52), torch.rand(52) + 0.1, torch.linalg.qr(random)[0].T * (128 / 52) ** 0.5)
+    coefficients = torch.rand(7, 52)
+    assert torch.allclose(basis.coefficients(basis.code(coefficients)), coefficients, atol=1e-4)
+
+
+def test_groups_repeat_the_first_frame():
+    assert group_frames(np.arange(9)).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    K = np.tile(np.array([[40.0, 0, 16], [0, 40, 16], [0, 0, 1]]), (9, 1, 1))
+    c2w = np.tile(np.eye(4), (9, 1, 1))
+    c2w[:, 2, 3] = -np.linspace(1, 2, 9)
+    rays = pack_rays(K, c2w, TOY)
+    assert rays.shape == (24, 3, TOY.latent_height, TOY.latent_width)
+    assert np.array_equal(rays[:6, 0], rays[18:, 0]) and not np.array_equal(rays[:6, 1], rays[18:, 1])
