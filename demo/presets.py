@@ -95,7 +95,7 @@ CPU = Preset(
     workers=2,
     device="cpu",
     num_clips=2000,
-    vae=PhaseSettings(steps=4000, parts=2, batch=9, learning_rate=3e-3),
+    vae=PhaseSettings(steps=4000, parts=2, batch=12, learning_rate=3e-3),
     expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1.5e-3),
     dit=DiTSettings(steps=8000, parts=2, batch=20, learning_rate=1.5e-3),
 )

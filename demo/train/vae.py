@@ -15,7 +15,10 @@ NORMALS_SHARE = 0.35
 LATENT_NOISE = 0.1  # added to raw latents, whose deviation settles near 3: makes the decoder smooth
 LATENT_WEIGHT = 1e-5  # of their square, against drift
 GRADIENT_WEIGHT = 0.25
-CROPS = ((64, 9), (128, 5))  # side in pixels and frames; parts take turns
+# Side in pixels and frames of a part's crops, with their shares. Long ones, because the causal convolutions look back over more
+# than twenty frames, and what they have never seen they do not decode; large ones, because attention spans the picture.
+CROPS = ((64, 29), (64, 13), (128, 9))
+CROP_SHARES = (0.5, 0.25, 0.25)
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
@@ -24,12 +27,11 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 4 and not name.startswith(ends)
 
 
-def sample_crops(store: ClipStore, draw: Draw, budget: int, part: int, device: torch.device) -> Tensor:
+def sample_crops(store: ClipStore, draw: Draw, budget: int, device: torch.device) -> Tensor:
     """[B, 3, T, S, S] in -1..1. budget: frames of 128 x 128 pixels that the part may cost."""
     rng = draw.rng
     height, width = store.get(0, "frames").shape[1:3]
-    side, length = CROPS[part % len(CROPS)] if draw.chance(0.5) else CROPS[(part + 1) % len(CROPS)]
-    side = min(side, height, width)
+    side, length = CROPS[rng.choice(len(CROPS), p=CROP_SHARES)]
     count = max(1, round(budget * 128 * 128 / (length * side * side)))
     crops = []
     for _ in range(count):
