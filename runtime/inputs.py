@@ -15,11 +15,11 @@ from factorportrait.errors import MediaError, UserError
 from factorportrait.model_config import ModelConfig
 from factorportrait.runtime.conditions import DrivingFrame
 from factorportrait.runtime.media.camera import CameraPath, open_camera
-from factorportrait.runtime.media.driving import DrivingClip, open_driving
+from factorportrait.runtime.media.driving import DrivingClip, VideoSource, open_driving
 from factorportrait.runtime.media.fit import Box, square_crop
 from factorportrait.runtime.media.mesh import PosedHead, open_mesh
 from factorportrait.runtime.media.normals import NormalRenderer, NormalVideo
-from factorportrait.runtime.media.streams import Combined, Stream
+from factorportrait.runtime.media.streams import Combined, Resampled, Stream
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def open_inputs(
         driving: gives whatever the other arguments do not: expression, pose and camera.
         expression_from, pose_from: other sources for these two.
         camera: preset or file; see `factorportrait.runtime.media.camera.open_camera`.
-        fps: resample all sources to this rate; None keeps the rate of the expression's source.
+        fps: of the output; None takes the rate of the expression's source. Sources with another rate are resampled; a camera file
+            named by `camera` has one camera per output frame.
         num_frames: at most so many.
         driving_crop: square of the driving picture that the expression encoder sees; None is the centred square.
 
@@ -90,47 +91,62 @@ def open_inputs(
         MediaError, UserError: a source cannot be used, or sources do not go together.
     """
     config, notes = bundle.config, []
-    main = open_driving(driving, fps) if driving is not None else None
-    expression = open_driving(expression_from, fps) if expression_from is not None else main
-    if expression is None or (expression.video is None and expression.coefficients is None):
+    expression_path = expression_from if expression_from is not None else driving
+    expression = _open(expression_path, fps)
+    if expression is None or (expression.clip.video is None and expression.clip.coefficients is None):
         raise MediaError(
             "no expression to follow", expected="a video, frames or an ARKit .csv", found="none",
             action="give --driving or --expression-from",
         )  # fmt: skip
-    rate = fps or expression.fps or Fraction(config.fps).limit_denominator(1001)
-    if fps is None and expression.fps is not None and not 0.8 <= expression.fps / Fraction(config.fps) <= 1.25:
+    rate = fps or expression.own_fps or Fraction(config.fps).limit_denominator(1001)
+    if fps is None and not 0.8 <= rate / Fraction(config.fps) <= 1.25:
         notes.append(
-            f"the driving has {float(expression.fps):.5g} frames a second, the model was trained at {config.fps:g}: "
+            f"the driving has {float(rate):.5g} frames a second, the model was trained at {config.fps:g}: "
             f"--fps {config.fps:g} resamples"
         )
-    pose_source = open_driving(pose_from, fps) if pose_from is not None else (main or expression)
-    pose = _pose_track(bundle, pose_source, rate if fps else None, fit, notes)
+    # Every source comes at the output's rate: a pose tracked at 25 frames a second goes with an expression filmed at 30.
+    main = _open(driving, rate)
+    pose_source = _open(pose_from, rate) or main or expression
+    pose = _pose_track(bundle, pose_source, rate, fit, notes)
     path = _camera_path(config, camera, pose_source, main, pose, rate, fit, notes)
-    return _combine(config, expression, pose, path, rate, num_frames, driving_crop, notes)
+    return _combine(config, expression.clip, pose, path, rate, num_frames, driving_crop, notes)
 
 
-def _pose_track(bundle: Bundle, source: DrivingClip, fps: Fraction | None, fit: str, notes: list[str]) -> PoseTrack:
-    config = bundle.config
-    if source.mesh is not None:
-        mesh = open_mesh(source.mesh)
-        return PoseTrack(Stream("pose", mesh, mesh.num_frames), mesh.faces, f"mesh {source.mesh}")
-    if source.normals is not None:
-        video = NormalVideo(source.normals, config.height, config.width, fps, fit)
-        return PoseTrack(Stream("pose", video, video.num_frames), None, f"normal maps {source.normals}")
+@dataclass(frozen=True)
+class _Source:
+    """A driving path opened at the output's rate, and the rate that it has itself (None where nothing says)."""
+
+    clip: DrivingClip
+    own_fps: Fraction | None
+
+
+def _open(path: str | Path | None, fps: Fraction | None) -> _Source | None:
+    if path is None:
+        return None
+    clip = open_driving(path)
+    return _Source(clip if fps in (None, clip.fps) else open_driving(path, fps), clip.fps)
+
+
+def _pose_track(bundle: Bundle, source: _Source, fps: Fraction, fit: str, notes: list[str]) -> PoseTrack:
+    config, clip = bundle.config, source.clip
+    if clip.mesh is not None:
+        mesh = open_mesh(clip.mesh)
+        items = mesh if source.own_fps in (None, fps) else Resampled(mesh, mesh.num_frames, source.own_fps, fps)
+        return PoseTrack(Stream("pose", items, items.num_frames), mesh.faces, f"mesh {clip.mesh}")
+    if clip.normals is not None:
+        video = NormalVideo(clip.normals, config.height, config.width, fps, fit)
+        return PoseTrack(Stream("pose", video, video.num_frames), None, f"normal maps {clip.normals}")
     if "head.npz" not in bundle.manifest.files:
         raise UserError(
-            f"{source.path} has no pose", expected="a mesh, normal maps, or a bundle with head.npz to pose", found="none",
+            f"{clip.path} has no pose", expected="a mesh, normal maps, or a bundle with head.npz to pose", found="none",
             action="give --pose-from a folder with mesh.npz or normals.mp4",
         )  # fmt: skip
     head = PosedHead(bundle.file("head.npz"))
-    table = source.coefficients
+    table = clip.coefficients
     if table is not None and table.head_rotation is not None:
-        still = head.vertices
-        rotations = _Mapped(table.head_rotation, still)
-        return PoseTrack(
-            Stream("pose", rotations, len(table.head_rotation)), head.faces, f"head angles of {source.path}"
-        )
-    notes.append(f"{source.path} says nothing about the pose of the head: it stays still (--pose-from gives one)")
+        rotations = _Mapped(table.head_rotation, head.vertices)
+        return PoseTrack(Stream("pose", rotations, len(table.head_rotation)), head.faces, f"head angles of {clip.path}")
+    notes.append(f"{clip.path} says nothing about the pose of the head: it stays still (--pose-from gives one)")
     return PoseTrack(Stream.constant("pose", head.vertices(np.eye(3))), head.faces, "a still head")
 
 
@@ -146,20 +162,31 @@ class _Mapped:
 
 
 def _camera_path(
-    config, camera, pose_source, main, pose: PoseTrack, fps: Fraction, fit: str, notes: list[str]
+    config: ModelConfig,
+    camera: str | None,
+    pose_source: _Source,
+    main: _Source | None,
+    pose: PoseTrack,
+    fps: Fraction,
+    fit: str,
+    notes: list[str],
 ) -> CameraPath:
+    """The camera that was asked for, else the one that goes with the pose or the driving, else a static frontal one."""
+    own_fps = None
     if pose.faces is None:
         if camera is not None:
             raise UserError(
                 f"--camera {camera} with {pose.description}", expected="the camera that the normal maps were rendered with",
                 found="another one", action="leave --camera out, or bring mesh.npz, which can be seen from anywhere",
             )  # fmt: skip
-        camera = pose_source.cameras
+        camera, own_fps = pose_source.clip.cameras, VideoSource(pose_source.clip.normals).fps
     elif camera is None:
-        camera = next(
-            (source.cameras for source in (main, pose_source) if source is not None and source.cameras), "static"
-        )
+        with_camera = (source for source in (main, pose_source) if source is not None and source.clip.cameras)
+        found = next(with_camera, None)
+        camera, own_fps = (found.clip.cameras, found.own_fps) if found else ("static", None)
     path = open_camera(camera, config.height, config.width, *default_camera(config), fps=fps, fit=fit)
+    if own_fps not in (None, fps):
+        path = path.resampled(own_fps, fps)
     notes.append(f"pose: {pose.description}; camera: {path.name}")
     return path
 
@@ -176,7 +203,7 @@ def _combine(
 ) -> Driving:
     table = expression.coefficients if expression.video is None else None
     source = table if table is not None else expression.video
-    streams = [Stream("expression", source, expression.num_frames), pose.items, Stream("camera", path)]
+    streams = [Stream("expression", source, expression.num_frames), pose.items, Stream("camera", path, end="hold")]
     combined = Combined(streams, num_frames)
     length = combined.num_frames
     renderer = NormalRenderer(config.height, config.width, supersample=2) if pose.faces is not None else None

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from factorportrait.errors import MediaError
 from factorportrait.runtime.media.fit import Fit, natural_key
+from factorportrait.runtime.media.streams import source_index
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,14 @@ class CameraPath:
     at: Callable[[np.ndarray], Cameras]
     freeze: bool = False
     num_frames: int | None = None
+
+    def resampled(self, source_fps: Fraction, fps: Fraction) -> CameraPath:
+        """The path of a file with one camera per frame at `source_fps`, at the output's rate `fps`."""
+
+        def at(index: np.ndarray) -> Cameras:
+            return self.at(np.array([source_index(int(i), source_fps, fps) for i in index], np.int64))
+
+        return replace(self, at=at)
 
     def cameras(self, start: int, count: int) -> Cameras:
         """Cameras [count] of frames start..start+count-1."""

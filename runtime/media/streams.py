@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from factorportrait.errors import MediaError
@@ -48,6 +50,33 @@ class Stream:
                 return
             while self.end == "hold":
                 yield item
+
+
+def source_index(index: int, source_fps: Fraction | None, fps: Fraction) -> int:
+    """Which item of a source with its own rate is due at output frame `index`: the last one not later than index/fps."""
+    return index if source_fps is None else math.floor(index * source_fps / fps)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Items of a source with rate `source_fps`, at rate `fps`; for files that know no time of their own, such as meshes."""
+
+    items: Iterable[Any]
+    num_items: int
+    source_fps: Fraction
+    fps: Fraction
+
+    @property
+    def num_frames(self) -> int:
+        """Output frames before the last item has had its time."""
+        return max(1, math.ceil(self.num_items * self.fps / self.source_fps))
+
+    def __iter__(self) -> Iterator[Any]:
+        due = 0
+        for position, item in enumerate(self.items):
+            while due < self.num_frames and source_index(due, self.source_fps, self.fps) == position:
+                yield item
+                due += 1
 
 
 @dataclass(frozen=True)
