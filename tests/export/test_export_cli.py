@@ -1,0 +1,234 @@
+"""fp-export: bundles appear whole or not at all, and errors are one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from factorportrait.export import build, cli, graphs, stages
+
+from factorportrait import shipped
+from factorportrait.bundle import Bundle
+
+FAST = ("arkit_encoder", "time_embed")
+
+
+@pytest.fixture
+def two_stages(monkeypatch):
+    """Only the two smallest graphs; the whole list is exported for `tiny_bundle`."""
+    real = stages.stages_of
+    monkeypatch.setattr(stages, "stages_of", lambda model: [stage for stage in real(model) if stage.name in FAST])
+
+
+@pytest.fixture
+def copy(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+
+
+def refused(capsys, *arguments, code: int = 2) -> str:
+    assert cli.main([str(argument) for argument in arguments]) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fp-export: error: ")
+    return lines[0]
+
+
+def exported(capsys, *arguments) -> dict:
+    assert cli.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_bundle_then_up_to_date_then_changed(two_stages, copy, tmp_path, capsys):
+    output = tmp_path / "bundle"
+    assert cli.main([str(copy), "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "time_embed" in text and "2 graphs" in text and str(output) in text
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
+
+    assert exported(capsys, copy, "--output", output)["up_to_date"] is True
+    assert cli.main([str(copy), "--output", str(output)]) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()} == before
+
+    # The same bytes when forced; other bytes for another checkpoint.
+    report = exported(capsys, copy, "--output", output, "--force")
+    assert report["up_to_date"] is False and report["stages"].keys() == set(FAST)
+    for name, (content, _) in before.items():
+        if name != "manifest.json":
+            assert (output / name).read_bytes() == content, name
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"fps": 25.0}))
+    np.savez(copy / "head.npz", vertices=np.zeros((4, 3), np.float32))
+    assert exported(capsys, copy, "--output", output)["up_to_date"] is False
+    bundle = Bundle(output)
+    bundle.verify()
+    assert bundle.config.fps == 25.0
+    assert (output / "head.npz").read_bytes() == (copy / "head.npz").read_bytes()
+
+    # A damaged bundle is made again.
+    (output / "time_embed.onnx").unlink()
+    assert exported(capsys, copy, "--output", output)["up_to_date"] is False
+    Bundle(output).verify()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "bundle"}
+
+
+def test_weights_in_second_files(two_stages, tiny_checkpoint, tmp_path):
+    build.build_bundle(tiny_checkpoint, tmp_path / "bundle", external=True)
+    bundle = Bundle(tmp_path / "bundle")
+    assert "time_embed.onnx.data" in bundle.manifest.files
+    bundle.verify()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_precision_of_a_later_version(tiny_checkpoint, tmp_path, capsys, precision):
+    line = refused(capsys, tiny_checkpoint, "--precision", precision, "--output", tmp_path / "bundle")
+    assert "not available yet" in line and "--precision fp32" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_precision(tiny_checkpoint, capsys):
+    assert "expected fp32; found 'fp23'" in refused(capsys, tiny_checkpoint, "--precision", "fp23")
+
+
+def test_no_checkpoint_there(tmp_path, capsys):
+    assert "found nothing" in refused(capsys, tmp_path / "none", "--output", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_checkpoint_leaves_nothing(copy, tmp_path, capsys):
+    (copy / "dit.safetensors").write_bytes(b"")
+    refused(capsys, copy, "--output", tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"text"])
+def test_damaged_head(two_stages, copy, tmp_path, capsys, content):
+    (copy / "head.npz").write_bytes(content)
+    assert "head.npz; expected a whole .npz" in refused(capsys, copy, "--output", tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_graph_that_differs_is_an_error(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    real = graphs.export_stage
+
+    def wrong(stage):
+        model = real(stage)
+        if stage.name == "time_embed":
+            name, value = next((name, value) for name, value in model.graph.initializers.items() if name.endswith("bias"))
+            import onnx_ir
+
+            value.const_value = onnx_ir.tensor(value.const_value.numpy() + 0.01, name=name)
+        return model
+
+    monkeypatch.setattr(graphs, "export_stage", wrong)
+    line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle")
+    assert "stage time_embed" in line and "expected a relative error of at most 1.0e-04; found" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(graphs.ir, "save", full)
+    line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle")
+    assert "the disk is full" in line and "--output" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_in_the_way(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "found a file" in refused(capsys, tiny_checkpoint, "--output", tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "folder", "--force")
+    assert "an older bundle; found a folder with other files" in line
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
+
+
+def test_output_that_cannot_be_written(tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(capsys, tiny_checkpoint, "--output", tmp_path / "file" / "bundle")
+    if os.geteuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert "no permission" in refused(capsys, tiny_checkpoint, "--output", tmp_path / "locked" / "bundle")
+
+
+def test_without_the_exporter(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "WRITERS", ("a-package-that-is-not-installed",))
+    line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle")
+    assert 'pip install "factorportrait[export]"' in line
+
+
+def test_default_checkpoint_and_output(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cli, "shipped_checkpoint", lambda: tiny_checkpoint)
+    assert exported(capsys)["bundle"] == str(tmp_path / "cache" / "factorportrait" / "bundles" / "demo-fp32")
+    Bundle(shipped.default_bundle_path("demo", "fp32")).verify()
+    # Relative paths are to be ignored, says the specification.
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert shipped.cache_folder() == tmp_path / "home" / ".cache" / "factorportrait"
+
+
+def test_no_shipped_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "package" / "shipped.py"))
+    assert "the shipped demo" in refused(capsys)
+    (tmp_path / "demo").mkdir()
+    assert "name a checkpoint folder" in refused(capsys)
+
+
+def test_kill_leaves_no_half_bundle(tiny_checkpoint, tiny_bundle, tmp_path):
+    """Killed in the middle: nothing under a new name, and an older bundle stays whole."""
+    older = shutil.copytree(tiny_bundle, tmp_path / "older")
+    for output in (tmp_path / "bundle", older):
+        command = [sys.executable, "-m", "factorportrait.export.cli", str(tiny_checkpoint), "--force", "--output", str(output)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob(f".{output.name}.*/*.onnx")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "bundle").exists()
+    Bundle(older).verify()
+
+
+def test_inspect_needs_no_torch(tiny_bundle):
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["onnx"] = None  # importing them raises
+from factorportrait.export import cli
+code = cli.main(["inspect", {str(tiny_bundle)!r}, "--verify"])
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("factorportrait tiny, fp32", "32 x 32 px", "digests match", "torch 2", "dit", "arkit_encoder"):
+        assert word in done.stdout
+
+
+def test_inspect_json(tiny_bundle, capsys):
+    data = exported(capsys, "inspect", tiny_bundle)
+    assert data["schema"] == 1 and data["verified"] is False
+    assert data["stages"]["dit"]["inputs"][0] == {
+        "name": "noise_latents", "dtype": "float32", "shape": [1, 16, "F", 4, 4]
+    }  # fmt: skip
+
+
+def test_inspect_a_damaged_bundle(tiny_bundle, tmp_path, capsys):
+    damaged = shutil.copytree(tiny_bundle, tmp_path / "damaged")
+    content = bytearray((damaged / "dit.onnx").read_bytes())
+    content[-1] ^= 1
+    (damaged / "dit.onnx").write_bytes(content)
+    assert cli.main(["inspect", str(damaged)]) == 0
+    capsys.readouterr()
+    assert "expected sha256" in refused(capsys, "inspect", damaged, "--verify")
+    assert "found nothing" in refused(capsys, "inspect", tmp_path / "none")
