@@ -69,7 +69,7 @@ class ClipStore:
 
 def to_unit(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [..., T, H, W, 3] -> float32 [..., 3, T, H, W] in -1..1, as the runtime does."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).movedim(-1, -4).float().div(127.5).sub(1)
+    return torch.from_numpy(np.array(pictures)).to(device).movedim(-1, -4).float().div(127.5).sub(1)
 
 
 def to_bytes(frames: Tensor) -> np.ndarray:

@@ -148,7 +148,7 @@ def dit_loss(
 
 
 @torch.no_grad()
-def validate(model: FactorPortrait, store: LatentStore, device: torch.device, clips: int = 16) -> Metrics:
+def validate(model: FactorPortrait, store: LatentStore, device: torch.device, clips: int = 8) -> Metrics:
     """Errors of the predicted clean latents of unseen people in clip mode, and what the expression code is worth at the face."""
     indices = list(range(min(clips, len(store))))
     clean = store.stack("latents", indices, device)

@@ -49,13 +49,14 @@ def pack_rays(K: np.ndarray, c2w: np.ndarray, config: ModelConfig) -> np.ndarray
 
 
 def face_cells(clip: dict[str, np.ndarray], config: ModelConfig) -> np.ndarray:
-    """[N, h, w] bool: cells that the eyes or the mouth touch in some frame of the group. clip: arrays of one clip."""
+    """[N, h, w] bool: cells that the eyes or the mouth touch in the last frame of the group. clip: arrays of one clip."""
     identity = Identity.from_dict(json.loads(str(clip["identity"])))
     head = identity.head()
     mouth = np.unique(head.faces[np.isin(head.basis.material, [MATERIALS.index("mouth"), MATERIALS.index("teeth")])])
     stride = config.vae.spatial_stride
-    cells = np.zeros((len(clip["K"]), config.latent_height, config.latent_width), bool)
-    for t in range(len(cells)):
+    frames = range(0, len(clip["K"]), FRAMES_PER_LATENT)
+    cells = np.zeros((len(frames), config.latent_height, config.latent_width), bool)
+    for slot, t in enumerate(frames):
         posed = head.pose(clip["coefficients"][t], clip["rotation"][t], clip["translation"][t])
         for rows in (*head.basis.eye_rows, mouth):
             camera = np.linalg.inv(clip["c2w"][t])
@@ -63,8 +64,8 @@ def face_cells(clip: dict[str, np.ndarray], config: ModelConfig) -> np.ndarray:
             pixels = points[:, :2] / points[:, 2:]
             low = np.maximum(np.floor((pixels.min(0) - MARGIN_PX) / stride), 0).astype(int)
             high = np.maximum(np.floor((pixels.max(0) + MARGIN_PX) / stride) + 1, 0).astype(int)
-            cells[t, low[1] : high[1], low[0] : high[0]] = True
-    return group_frames(cells).reshape(-1, FRAMES_PER_LATENT, *cells.shape[1:]).any(1)
+            cells[slot, low[1] : high[1], low[0] : high[0]] = True
+    return cells
 
 
 def cell_classes(clip: dict[str, np.ndarray], config: ModelConfig) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -156,17 +157,20 @@ def run_latents(job: Job) -> None:
         values = latents_phase.latent_statistics(vae, job.store("train"), job.device)
         statistics.write_text(json.dumps(values) + "\n")
     model = assemble(job).eval()
-    for split in LATENT_SPLITS:
-        folder = job.work / "latents" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, shard in job.store(split).shards:
-            path = folder / f"{name}.npz"
-            if path.exists():
-                continue
-            began = time.perf_counter()
+
+    def encode(split: str, name: str, shard: dict[str, np.ndarray]) -> None:
+        path = job.work / "latents" / split / f"{name}.npz"
+        if not path.exists():
             arrays = latents_phase.encode_shard(model.vae, model.expression, shard, model.config, job.device)
             latents_phase.write_shard(path, arrays)
-            log.info("%s/%s in %.1f s", split, name, time.perf_counter() - began)
+            log.info("%s/%s", split, name)
+
+    if job.preset.workers > 1:
+        torch.set_num_threads(1)
+    with ThreadPoolExecutor(job.preset.workers) as pool:
+        for split in LATENT_SPLITS:
+            (job.work / "latents" / split).mkdir(parents=True, exist_ok=True)
+            list(pool.map(lambda item, split=split: encode(split, *item), job.store(split).shards))
 
 
 def run_dit(job: Job) -> None:
@@ -202,4 +206,4 @@ def run_export(job: Job) -> None:
 
 def run_evaluate(job: Job) -> None:
     """Figures and a contact sheet of test identities into the work folder."""
-    evaluate(assemble(job).eval(), job.store("test"), job.work, job.device, job.clips)
+    evaluate(assemble(job).eval(), job.store("test"), job.work, job.device, job.clips, job.preset.workers)

@@ -30,6 +30,15 @@ TOY = replace(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toy tensors are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def toy_settings(**changes) -> PhaseSettings:
     return PhaseSettings(**{"steps": 12, "parts": 2, "batch": 8, "learning_rate": 1e-2, "warmup_steps": 2, **changes})
 
@@ -62,13 +71,9 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path):
 
 
 def test_threads_change_nothing(tmp_path):
-    threads = torch.get_num_threads()
-    try:
-        runs = [toy_trainer(tmp_path / str(workers), workers) for workers in (1, 2)]
-        for run in runs:
-            run.run(linear_loss)
-    finally:
-        torch.set_num_threads(threads)
+    runs = [toy_trainer(tmp_path / str(workers), workers) for workers in (1, 2)]
+    for run in runs:
+        run.run(linear_loss)
     for a, b in zip(runs[0].module.parameters(), runs[1].module.parameters(), strict=True):
         assert torch.equal(a, b)
 
