@@ -99,6 +99,7 @@ def build_bundle(
         checks = {name: stage.check for name, stage in old.manifest.stages.items()}
         return BuildReport(output, precision, True, old.total_bytes(), time.perf_counter() - started, checks)
 
+    _check_head(checkpoint / HEAD)
     # Late: an up-to-date bundle needs no torch.
     from factorportrait.export.check import Cases, check_graph, threshold
     from factorportrait.export.checkpoint import load_checkpoint
@@ -123,7 +124,7 @@ def build_bundle(
         neutral_code = model.expression["controller"].neutral_code
         write_arrays(folder / CONSTANTS, {"neutral_code": neutral_code.numpy()})
         if (checkpoint / HEAD).is_file():
-            _copy_head(checkpoint / HEAD, folder / HEAD)
+            shutil.copyfile(checkpoint / HEAD, folder / HEAD)
         manifest = Manifest(
             config=model.config, precision=precision, stages=specs, source_key=key,
             files={
@@ -200,14 +201,16 @@ def _version(package: str) -> str:
         raise UserError("fp-export", expected=f"the package {package}", found="none", action=INSTALL_HINT) from error
 
 
-def _copy_head(source: Path, target: Path) -> None:
+def _check_head(file: Path) -> None:
+    """Raises CheckpointError unless head.npz is missing, or can be read."""
+    if not file.is_file():
+        return
     try:
-        with np.load(source, allow_pickle=False) as arrays:
+        with np.load(file, allow_pickle=False) as arrays:
             for name in arrays.files:
                 arrays[name]
     except (ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise CheckpointError(f"{source}", expected="a whole .npz of arrays", found=str(error)) from error
-    shutil.copyfile(source, target)
+        raise CheckpointError(f"{file}", expected="a whole .npz of arrays", found=str(error)) from error
 
 
 def _digest(data: Mapping) -> str:

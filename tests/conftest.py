@@ -7,9 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY, randomise
 
 from factorportrait.model_config import ModelConfig
+
+# The tiny model gains nothing from threads, and on a busy machine they wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def test_damaged_checkpoint_leaves_nothing(copy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"text"])
-def test_damaged_head(two_stages, copy, tmp_path, capsys, content):
+def test_damaged_head(copy, tmp_path, capsys, content):
     (copy / "head.npz").write_bytes(content)
     assert "head.npz; expected a whole .npz" in refused(capsys, copy, "--output", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -133,7 +133,9 @@ def test_a_graph_that_differs_is_an_error(two_stages, tiny_checkpoint, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+def test_full_disk(two_stages, tiny_checkpoint, tiny_bundle, tmp_path, capsys, monkeypatch):
+    """Nothing under a new name, and an older bundle stays whole."""
+
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -141,6 +143,10 @@ def test_full_disk(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
     line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle")
     assert "the disk is full" in line and "--output" in line
     assert list(tmp_path.iterdir()) == []
+    older = shutil.copytree(tiny_bundle, tmp_path / "older")
+    assert "the disk is full" in refused(capsys, tiny_checkpoint, "--output", older, "--force")
+    Bundle(older).verify()
+    assert list(tmp_path.iterdir()) == [older]
 
 
 def test_output_in_the_way(tiny_checkpoint, tmp_path, capsys):
@@ -185,20 +191,17 @@ def test_no_shipped_checkpoint(tmp_path, capsys, monkeypatch):
     assert "name a checkpoint folder" in refused(capsys)
 
 
-def test_kill_leaves_no_half_bundle(tiny_checkpoint, tiny_bundle, tmp_path):
-    """Killed in the middle: nothing under a new name, and an older bundle stays whole."""
-    older = shutil.copytree(tiny_bundle, tmp_path / "older")
-    for output in (tmp_path / "bundle", older):
-        command = [sys.executable, "-m", "factorportrait.export.cli", str(tiny_checkpoint), "--force", "--output", str(output)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 240
-        while not list(tmp_path.glob(f".{output.name}.*/*.onnx")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "bundle").exists()
-    Bundle(older).verify()
+def test_kill_leaves_no_half_bundle(tiny_checkpoint, tmp_path):
+    output = tmp_path / "bundle"
+    command = [sys.executable, "-m", "factorportrait.export.cli", str(tiny_checkpoint), "--output", str(output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob(".bundle.*/*.onnx")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
 
 
 def test_inspect_needs_no_torch(tiny_bundle):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 from collections import Counter
@@ -111,14 +110,11 @@ def test_weights_beside_the_graph(half, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(inside, beside, strict=True))
 
 
-def test_same_weights_same_bytes(small_stage, half, tmp_path):
+def test_same_weights_same_bytes(half, tmp_path):
     stage, graph = half
-    for name, graphs in (("time", [export_stage(small_stage) for _ in range(2)]), ("half", [graph, export_stage(stage)])):
-        digests = set()
-        for i, one in enumerate(graphs):
-            write_graph(one, tmp_path, f"{name}{i}")
-            digests.add(hashlib.sha256((tmp_path / f"{name}{i}.onnx").read_bytes()).hexdigest())
-        assert len(digests) == 1, name
+    write_graph(graph, tmp_path, "one")
+    write_graph(export_stage(stage), tmp_path, "two")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
 def test_nothing_of_the_machine_in_a_bundle(tiny_bundle, tiny_checkpoint):
