@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from factorportrait.export.check import DIT_CASES, Cases, Threshold, check_graph, relative_error, threshold
-from factorportrait.export.graphs import export_stage, tensor_specs, write_graph
-from factorportrait.export.stages import EXAMPLE_FRAMES, EXAMPLE_PAST, dit_stage, stages_of
 
 from factorportrait.bundle import PRECISIONS, Bundle, TensorSpec
 from factorportrait.errors import UserError
+from factorportrait.export.check import DIT_CASES, Cases, Threshold, check_graph, relative_error, threshold
+from factorportrait.export.graphs import export_stage, tensor_specs, write_graph
+from factorportrait.export.stages import EXAMPLE_FRAMES, EXAMPLE_PAST, dit_stage, stages_of
 
 STRICT = Threshold(1e-4, "a test")
 

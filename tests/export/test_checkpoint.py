@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from factorportrait.export.checkpoint import load_checkpoint, save_checkpoint
-from factorportrait.export.stages import dit_inputs, dit_stage
 from safetensors.torch import load_file, save_file
 
 from factorportrait.errors import CheckpointError, UserError
+from factorportrait.export.checkpoint import load_checkpoint, save_checkpoint
+from factorportrait.export.stages import dit_inputs, dit_stage
 
 
 @pytest.fixture

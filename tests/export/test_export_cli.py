@@ -13,10 +13,10 @@ import time
 
 import numpy as np
 import pytest
-from factorportrait.export import build, cli, graphs, stages
 
 from factorportrait import shipped
 from factorportrait.bundle import Bundle
+from factorportrait.export import build, cli, graphs, stages
 
 FAST = ("arkit_encoder", "time_embed")
 

@@ -12,12 +12,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from factorportrait.export.graphs import export_stage, weight_bytes, write_graph
-from factorportrait.export.stages import dit_inputs, dit_stage, stages_of
 from helpers import difference
 
 import factorportrait.bundle
 from factorportrait.bundle import Bundle
+from factorportrait.export.graphs import export_stage, weight_bytes, write_graph
+from factorportrait.export.stages import dit_inputs, dit_stage, stages_of
 
 TOLERANCE = 1e-4
 

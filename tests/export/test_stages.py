@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import difference, randomise
+
 from factorportrait.export.models.factorportrait import FactorPortrait
 from factorportrait.export.stages import DiTRange, dit_inputs, dit_stage, stages_of
-from helpers import difference, randomise
 
 TABLE = {
     "vae_encode_first", "vae_encode_steady", "vae_decode_first", "vae_decode_steady", "expression_encoder", "arkit_encoder",
