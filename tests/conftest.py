@@ -50,7 +50,8 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory, request) -> Path:
     """
     from factorportrait.export.build import build_bundle
 
-    folder = request.config.cache.mkdir("factorportrait")
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("factorportrait") if cache else tmp_path_factory.mktemp("kept")
     path = tmp_path_factory.mktemp("bundle") / "tiny-fp32"
     # Two runs at once: the second waits for the first's bundle, and copies it, because a third may replace it.
     with open(folder / "lock", "w") as lock:
