@@ -42,6 +42,7 @@ class DiTSettings(PhaseSettings):
         stream_share: share of parts with the chunk-causal mask.
         context_share: share of them whose first chunk is clean context.
         context_noise: highest noise level of that context, for robustness against drift.
+        code_noise: of the expression codes, in half of the clips; the rest has the codes of the ARKit map.
         drop: chance that a condition is dropped, for each of them.
         face_weight, background_weight: of latent cells at eyes and mouth, and behind the head; the rest has 1.
     """
@@ -50,6 +51,7 @@ class DiTSettings(PhaseSettings):
     context_share: float = 0.3
     context_noise: float = 0.1
     drop: float = 0.08
+    code_noise: float = 0.2
     training_shift: float = 1.5
     pure_noise_share: float = 0.1
     face_weight: float = 3.0
@@ -86,7 +88,7 @@ MODEL = ModelConfig(
         patch_size=2,
     ),
     dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8),
-    expression=ExpressionConfig(encoder_widths=(24, 48, 96, 160)),
+    expression=ExpressionConfig(encoder_widths=(16, 32, 64, 128)),
     generation=GenerationConfig(chunk_frames=3, window_frames=6, max_clip_frames=8, timestep_shift=1.0),
 )
 
@@ -96,8 +98,8 @@ CPU = Preset(
     device="cpu",
     num_clips=2000,
     vae=PhaseSettings(steps=4000, parts=2, batch=12, learning_rate=3e-3),
-    expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1.5e-3),
-    dit=DiTSettings(steps=8000, parts=2, batch=20, learning_rate=1.5e-3),
+    expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1e-3),
+    dit=DiTSettings(steps=8000, parts=2, batch=20, learning_rate=2e-3),
 )
 GPU = replace(
     CPU,

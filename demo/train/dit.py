@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from demo.presets import DiTSettings
+from demo.train.expression import CodeBasis
 from demo.train.latents import LatentStore
 from demo.train.trainer import Draw, Metrics
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait, stream_mask
@@ -82,20 +83,24 @@ def draw_sigmas(draw: Draw, settings: DiTSettings, window: Window, batch: int) -
     return sigmas.repeat_interleave(sizes, 1), context.repeat_interleave(sizes, 1)
 
 
+def noisy_codes(codes: Tensor, draw: Draw, settings: DiTSettings) -> Tensor:
+    """codes [B, T, E] -> the same, half of the clips with errors like the expression encoder's: per clip and frame."""
+    of_clip = draw.normal((codes.shape[0], 1, codes.shape[2]), codes.device)
+    of_frame = draw.normal(codes.shape, codes.device)
+    strength = settings.code_noise * (draw.uniform((codes.shape[0], 1, 1), codes.device) < 0.5)
+    return codes + strength * (of_clip + of_frame)
+
+
 def load_conditions(
-    model: FactorPortrait, store: LatentStore, clips: list[int], window: Window, from_image: Tensor
+    model: FactorPortrait, store: LatentStore, clips: list[int], window: Window, codes: Tensor
 ) -> ClipConditions:
-    """Conditions of a window. from_image [B]: codes of the expression encoder, otherwise of the ARKit map."""
-    device = from_image.device
+    """Conditions of a window. codes [B, 4N, E] of the whole clips."""
     part = slice(window.start, window.start + window.frames)
-    with torch.no_grad():
-        mapped = model.expression["arkit"](store.stack("coefficients", clips, device)).float()
-    codes = torch.where(from_image[:, None, None], store.stack("codes", clips, device), mapped)
     modulation = model.clip_modulation(codes)
     return ClipConditions(
-        reference_latents=store.stack("reference", clips, device),
-        pose_latents=store.stack("pose", clips, device)[:, :, part],
-        rays=store.stack("rays", clips, device)[:, :, part],
+        reference_latents=store.stack("reference", clips, codes.device),
+        pose_latents=store.stack("pose", clips, codes.device)[:, :, part],
+        rays=store.stack("rays", clips, codes.device)[:, :, part],
         expression_modulation=torch.cat([modulation[:, :1], modulation[:, 1:][:, part]], dim=1),
     )
 
@@ -125,7 +130,12 @@ def window_mask(model: FactorPortrait, window: Window, device: torch.device) -> 
 
 
 def dit_loss(
-    model: FactorPortrait, draw: Draw, store: LatentStore, settings: DiTSettings, device: torch.device
+    model: FactorPortrait,
+    draw: Draw,
+    store: LatentStore,
+    basis: CodeBasis,
+    settings: DiTSettings,
+    device: torch.device,
 ) -> tuple[Tensor, Metrics]:
     """Loss of one part: clips drawn at random, all with the same window."""
     total = store.stack("latents", [0]).shape[2]
@@ -133,8 +143,8 @@ def dit_loss(
     batch = max(1, settings.batch // (1 + window.frames))
     clips = [int(clip) for clip in draw.rng.integers(len(store), size=batch)]
     part = slice(window.start, window.start + window.frames)
-    from_image = draw.uniform((batch,), device) < 0.5
-    conditions = drop_conditions(load_conditions(model, store, clips, window, from_image), draw, settings.drop)
+    codes = noisy_codes(basis.code(store.stack("coefficients", clips, device)), draw, settings)
+    conditions = drop_conditions(load_conditions(model, store, clips, window, codes), draw, settings.drop)
     clean = store.stack("latents", clips, device)[:, :, part]
     sigmas, context = (t.to(device) for t in draw_sigmas(draw, settings, window, batch))
     noise, level = draw.normal(clean.shape, device), sigmas[:, None, :, None, None]
@@ -148,13 +158,16 @@ def dit_loss(
 
 
 @torch.no_grad()
-def validate(model: FactorPortrait, store: LatentStore, device: torch.device, clips: int = 8) -> Metrics:
+def validate(
+    model: FactorPortrait, store: LatentStore, basis: CodeBasis, device: torch.device, clips: int = 8
+) -> Metrics:
     """Errors of the predicted clean latents of unseen people in clip mode, and what the expression code is worth at the face."""
     indices = list(range(min(clips, len(store))))
     clean = store.stack("latents", indices, device)
     window = Window(0, clean.shape[2], None)
     with torch.autocast(device.type, torch.bfloat16):
-        conditions = load_conditions(model, store, indices, window, torch.ones(len(indices), dtype=bool, device=device))
+        codes = basis.code(store.stack("coefficients", indices, device))
+        conditions = load_conditions(model, store, indices, window, codes)
     noise = Draw(0, "validate", 0, 0).normal(clean.shape, device)
     face = store.stack("weights", indices, device) == 2
     zeroed = ClipConditions(

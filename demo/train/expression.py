@@ -1,7 +1,7 @@
 """Phase 2: the expression encoder (picture -> code) and the map from ARKit coefficients to the same code.
 
-The code is fixed beforehand: standardised coefficients, turned by a random orthonormal basis to unit variance per dimension. The
-map fits it; the encoder regresses it from pictures of any person, view and head pose, which makes it invariant to all three.
+The code is fixed beforehand: coefficients weighted by how often and how far they move the face, turned by a random orthonormal
+basis. The map fits it; the encoder regresses it from pictures of any person, view and head pose, and so becomes invariant to them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from demo.train.data import ClipStore, to_unit
 from demo.train.trainer import Draw, Metrics
+from demo.world.head import load_basis
 from factorportrait.arkit import ARKIT_NAMES
 
-STD_FLOOR = 0.1  # rare actions are not blown up beyond this
+STD_FLOOR = 0.05  # rare actions are not blown up beyond this
+GAZE_REACH = 0.005  # metres that an iris moves; the basis turns eyeballs instead of moving their vertices
 JITTER = 0.12  # of the crop's place and size, as a share of the picture
 STATISTICS_CLIPS = 256
+JAW = ARKIT_NAMES.index("jawOpen")
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
@@ -27,13 +30,20 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 4 and name != "encoder.features.0.weight" or name == "arkit.layers.2.weight"
 
 
+def action_reach() -> Tensor:
+    """[52] metres: the farthest that each action moves a vertex of the mean head."""
+    reach = np.linalg.norm(load_basis().actions, axis=-1).max(1)
+    gaze = np.array([name.startswith("eyeLook") for name in ARKIT_NAMES])
+    return torch.from_numpy(np.where(gaze, GAZE_REACH, reach)).float()
+
+
 @dataclass
 class CodeBasis:
-    """Between coefficients and codes: code = (coefficients - mean) / std @ basis."""
+    """Between coefficients and codes: code = (coefficients - mean) * scale @ basis; the mean variance of a dimension is 1."""
 
     mean: Tensor  # [52]
-    std: Tensor  # [52]
-    basis: Tensor  # [52, E]
+    scale: Tensor  # [52]
+    basis: Tensor  # [52, E], orthonormal rows
 
     @classmethod
     def from_clips(cls, store: ClipStore, code_dim: int, seed: int) -> CodeBasis:
@@ -41,21 +51,43 @@ class CodeBasis:
         count = len(ARKIT_NAMES)
         values = [store.get(clip, "coefficients") for clip in range(min(STATISTICS_CLIPS, len(store)))]
         values = torch.from_numpy(np.concatenate(values)).float()
+        std = values.std(0).clamp(min=STD_FLOOR)
+        # Half way, on a logarithmic scale, between equal variances and the sizes of the visible movements.
+        scale = (action_reach() / std).sqrt()
+        scale = scale * (code_dim / (std * scale).square().sum()).sqrt()
         random = torch.randn(code_dim, count, generator=torch.Generator().manual_seed(seed))
-        basis = torch.linalg.qr(random)[0].T * (code_dim / count) ** 0.5
-        return cls(values.mean(0), values.std(0).clamp(min=STD_FLOOR), basis.contiguous())
+        return cls(values.mean(0), scale, torch.linalg.qr(random)[0].T.contiguous())
 
     def to(self, device: torch.device) -> CodeBasis:
-        return CodeBasis(self.mean.to(device), self.std.to(device), self.basis.to(device))
+        return CodeBasis(self.mean.to(device), self.scale.to(device), self.basis.to(device))
 
     def code(self, coefficients: Tensor) -> Tensor:
         """[..., 52] -> [..., E]."""
-        return (coefficients - self.mean) / self.std @ self.basis
+        return (coefficients - self.mean) * self.scale @ self.basis
 
     def coefficients(self, code: Tensor) -> Tensor:
         """[..., E] -> [..., 52], the linear probe."""
-        count, code_dim = self.basis.shape
-        return code @ self.basis.T * (count / code_dim) * self.std + self.mean
+        return code @ self.basis.T / self.scale + self.mean
+
+
+@torch.no_grad()
+def scale_layers(encoder: nn.Module, images: Tensor) -> None:
+    """Scale every layer to outputs of unit variance on `images` (Mishkin and Matas 2016).
+
+    With the default initialisation the picture's share shrinks layer by layer until biases outweigh it, and training stalls.
+    """
+
+    def normalise(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        layer.weight /= (output - layer.bias.view(1, -1, *[1] * (output.ndim - 2))).std() + 1e-6
+        layer.bias.zero_()
+        return layer.forward(*inputs)
+
+    layers = [layer for layer in encoder.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_hook(normalise) for layer in layers]
+    encoder(images)
+    for handle in handles:
+        handle.remove()
+    encoder.code.weight *= 0.1
 
 
 def jitter(images: Tensor, draw: Draw) -> Tensor:
@@ -105,6 +137,7 @@ def validate(nets: nn.ModuleDict, store: ClipStore, basis: CodeBasis, device: to
     variance = (target - target.mean(0)).square().mean()
     return {
         "val_explained": float(1 - (code - target).square().mean() / variance),
+        "val_jaw_error": float((basis.coefficients(code) - coefficients)[:, JAW].abs().mean()),
         "val_coefficient_error": float((basis.coefficients(code) - coefficients).abs().mean()),
         "val_arkit_mse": float(F.mse_loss(mapped, target)),
     }

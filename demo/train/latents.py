@@ -1,4 +1,4 @@
-"""Phase 3: everything that the transformer is trained on, computed once per clip and stored in half precision.
+"""Everything that the transformer is trained on, computed once per clip and stored in half precision.
 
 One .npz per shard. N latent frames, T frames, h x w latent cells:
 
@@ -7,7 +7,6 @@ One .npz per shard. N latent frames, T frames, h x w latent cells:
 | latents, pose | [n, 16, N, h, w] of the pictures and of the normal maps, normalised |
 | reference | [n, 16, 1, h, w] of the portrait |
 | rays | [n, 24, N, h, w] |
-| codes | [n, 4N, E] of the expression encoder, by groups of four frames |
 | coefficients | [n, 4N, 52] by groups of four frames |
 | weights | [n, N, h, w]: 0 behind the head, 1 on it, 2 at eyes and mouth |
 """
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from demo.train.data import ClipStore, to_unit
 from demo.world.appearance import Identity
@@ -99,18 +98,15 @@ def encode(vae: VideoVAE, pictures: np.ndarray, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def encode_shard(
-    vae: VideoVAE, expression: nn.ModuleDict, shard: dict[str, np.ndarray], config: ModelConfig, device: torch.device
+    vae: VideoVAE, shard: dict[str, np.ndarray], config: ModelConfig, device: torch.device
 ) -> dict[str, np.ndarray]:
     """Arrays of one shard -> see the module's table."""
-    with torch.autocast(device.type, torch.bfloat16):
-        codes = [expression["encoder"](to_unit(clip[:, None], device)[:, :, 0]).float() for clip in shard["frames"]]
     clips = [{name: values[i] for name, values in shard.items()} for i in range(len(shard["kind"]))]
     return {
         "latents": encode(vae, shard["frames"], device).cpu().numpy().astype(np.float16),
         "pose": encode(vae, shard["normals"], device).cpu().numpy().astype(np.float16),
         "reference": encode(vae, shard["portrait"][:, None], device).cpu().numpy().astype(np.float16),
         "rays": np.stack([pack_rays(clip["K"], clip["c2w"], config) for clip in clips]).astype(np.float16),
-        "codes": np.stack([group_frames(code.cpu().numpy()) for code in codes]).astype(np.float16),
         "coefficients": np.stack([group_frames(clip["coefficients"]) for clip in clips]).astype(np.float16),
         "weights": np.stack([cell_classes(clip, config) for clip in clips]),
     }

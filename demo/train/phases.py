@@ -21,7 +21,8 @@ from demo.train import latents as latents_phase
 from demo.train import vae as vae_phase
 from demo.train.data import ClipStore
 from demo.train.evaluate import evaluate
-from demo.train.trainer import Metrics, Trainer
+from demo.train.trainer import Draw, Metrics, Trainer, save_atomically
+from factorportrait.arkit import ARKIT_NAMES
 from factorportrait.errors import UserError
 from factorportrait.export.checkpoint import save_checkpoint
 from factorportrait.export.models.expression import ArkitEncoder, ExpressionEncoder
@@ -100,14 +101,26 @@ def expression_nets() -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": ExpressionEncoder(MODEL.expression), "arkit": ArkitEncoder(MODEL.expression)})
 
 
+def code_basis(job: Job) -> expression_phase.CodeBasis:
+    """Between coefficients and codes; measured once and kept, because everything later depends on it."""
+    path = job.work / "code_basis.pt"
+    if not path.exists():
+        basis = expression_phase.CodeBasis.from_clips(job.store("train"), MODEL.expression.code_dim, job.preset.seed)
+        save_atomically(vars(basis), path)
+    return expression_phase.CodeBasis(**torch.load(path, map_location=job.device, weights_only=True))
+
+
 def run_expression(job: Job) -> None:
     train, val = job.store("train"), job.store("val")
     torch.manual_seed(job.preset.seed)
     settings = job.settings(job.preset.expression)
-    basis = expression_phase.CodeBasis.from_clips(train, MODEL.expression.code_dim, job.preset.seed).to(job.device)
+    basis = code_basis(job)
+    nets = expression_nets().to(job.device)
+    images, _ = expression_phase.sample_images(train, Draw(job.preset.seed, "initial", 0, 0), 32, job.device)
+    expression_phase.scale_layers(nets["encoder"], images)
     trainer = Trainer(
         "expression",
-        expression_nets().to(job.device),
+        nets,
         settings,
         job.work,
         job.preset.seed,
@@ -139,12 +152,11 @@ def assemble(job: Job) -> FactorPortrait:
     torch.manual_seed(job.preset.seed)
     model = FactorPortrait(config_with_statistics(job.work)).to(job.device)
     model.vae.load_state_dict(averaged(job, "vae"))
-    model.expression.load_state_dict(averaged(job, "expression"), strict=False)
-    with torch.no_grad():
-        neutral = model.expression["arkit"](torch.zeros(1, 52, device=job.device))[0]
-        model.expression["controller"].neutral_code.copy_(neutral)
+    neutral = code_basis(job).code(torch.zeros(len(ARKIT_NAMES), device=job.device))
+    model.expression["controller"].neutral_code.copy_(neutral)
     if (job.work / "dit.pt").exists():
         model.load_state_dict(averaged(job, "dit"))
+    model.expression.load_state_dict(averaged(job, "expression"), strict=False)
     return model
 
 
@@ -156,14 +168,15 @@ def run_latents(job: Job) -> None:
         vae.load_state_dict(averaged(job, "vae"))
         values = latents_phase.latent_statistics(vae, job.store("train"), job.device)
         statistics.write_text(json.dumps(values) + "\n")
-    model = assemble(job).eval()
+    config = config_with_statistics(job.work)
+    vae = VideoVAE(config.vae).to(job.device).eval()
+    vae.load_state_dict(averaged(job, "vae"))
 
     def encode(split: str, name: str, shard: dict[str, np.ndarray]) -> None:
         path = job.work / "latents" / split / f"{name}.npz"
         if not path.exists():
-            arrays = latents_phase.encode_shard(model.vae, model.expression, shard, model.config, job.device)
-            latents_phase.write_shard(path, arrays)
-            log.info("%s/%s", split, name)
+            latents_phase.write_shard(path, latents_phase.encode_shard(vae, shard, config, job.device))
+            log.info("latents of %s/%s", split, name)
 
     if job.preset.workers > 1:
         torch.set_num_threads(1)
@@ -174,8 +187,8 @@ def run_latents(job: Job) -> None:
 
 
 def run_dit(job: Job) -> None:
-    train = latents_phase.LatentStore(job.work / "latents" / "train")
-    val = latents_phase.LatentStore(job.work / "latents" / "val")
+    train, val = (latents_phase.LatentStore(job.work / "latents" / split) for split in ("train", "val"))
+    basis = code_basis(job)
     settings = job.settings(job.preset.dit)
     model = assemble(job)
     dit_phase.prepare(model)
@@ -185,11 +198,11 @@ def run_dit(job: Job) -> None:
         model.dit.compile()
 
     def part_loss(model, draw, part):
-        return dit_phase.dit_loss(model, draw, train, settings, job.device)
+        return dit_phase.dit_loss(model, draw, train, basis, settings, job.device)
 
     def validate(model: FactorPortrait) -> Metrics:
         save_checkpoint(model, job.out, torch.float16)
-        return {**dit_phase.validate(model, val, job.device), "clips": len(train)}
+        return {**dit_phase.validate(model, val, basis, job.device), "clips": len(train)}
 
     trainer.run(part_loss, validate, refresher(train))
 
