@@ -142,8 +142,8 @@ class Trainer:
             validate: of the averaged weights, every `validate_every` steps and at the end.
             before_step: called with the step, such as to look for new data.
         """
-        sums: Metrics = {}
-        count, saved_at = 0, self.elapsed_s
+        seen: dict[str, list[float]] = {}
+        saved_at = self.elapsed_s
         while not self.done:
             began = time.perf_counter()
             if before_step:
@@ -152,11 +152,10 @@ class Trainer:
             metrics = self.train_step(part_loss, rate)
             self.elapsed_s += time.perf_counter() - began
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
-            count += 1
+                seen.setdefault(name, []).append(value)
             if self.step % log_every == 0:
-                self._log({"lr": rate, **{name: value / count for name, value in sums.items()}})
-                sums, count = {}, 0
+                self._log({"lr": rate, **{name: float(np.mean(values)) for name, values in seen.items()}})
+                seen = {}
             if self.elapsed_s - saved_at > self.settings.save_every_s:
                 self.save()
                 saved_at = self.elapsed_s
