@@ -1,0 +1,179 @@
+"""fp-bench: measurements of a bundle. `fp-bench quality BUNDLE` compares what it makes with ground-truth renders."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+from factorportrait.command import run_command
+from factorportrait.errors import UserError
+
+EXIT_MISSED = 1
+QUICK_IDENTITIES, QUICK_FRAMES = 2, 13
+DEFAULT_IDENTITIES, DEFAULT_FRAMES = 20, 29
+
+
+def main(argv: list[str] | None = None) -> int:
+    # One BLAS thread: renders are then equal to the bit from run to run. It has to be said before NumPy is imported.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    options = parser().parse_args(argv)
+    return run_command("fp-bench", lambda: quality(options))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fp-bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "quality", help="pictures against ground-truth renders: quality.json, contact sheets, quality.html",
+        description="Generate test people that nothing was trained on, through the exported bundle and the runtime's own loop, "
+        "and compare with true renders of the same people. Needs a checkout with the [demo] extra.",
+    )  # fmt: skip
+    command.add_argument("bundle", type=Path, help="folder made by fp-export")
+    command.add_argument("--output", "-o", type=Path, default=Path("quality"), help="folder for the report (default quality)")
+    command.add_argument("--identities", type=int, help=f"test people, one clip each (default {DEFAULT_IDENTITIES})")
+    command.add_argument("--frames", type=int, help=f"of a clip (default {DEFAULT_FRAMES})")
+    command.add_argument("--steps", help="denoising steps to compare, such as 1,2,4,8,50 (default: the bundle's own)")
+    command.add_argument("--modes", default="frontal,novel,orbit,all", help="kinds of clips, in turn (default: all four)")
+    command.add_argument("--generation", choices=("stream", "clip"), help="default: stream where the checkpoint allows it")
+    command.add_argument("--stream", type=int, default=0, metavar="N", help="also one stream of N frames, for drift and seams")
+    command.add_argument("--seed", type=int, default=0, help="of people, motions and noise")
+    command.add_argument("--data", type=Path, help="shards of the test split, instead of rendering people now")
+    command.add_argument("--probe", type=Path, help="reader of expression and pose (default: the shipped one, if there is one)")
+    command.add_argument("--threads", type=int, help="of one operator (default: every core)")
+    command.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_IDENTITIES} people, {QUICK_FRAMES} frames unless said otherwise"
+    )
+    command.add_argument("--enforce", action="store_true", help=f"exit code {EXIT_MISSED} when a target is missed")
+    return parser
+
+
+def quality(options: argparse.Namespace) -> int:
+    """Measure, write the report and print the verdicts."""
+    from factorportrait.benchmarks.quality import measure
+    from factorportrait.benchmarks.quality.report import write_report
+    from factorportrait.bundle import Bundle
+    from factorportrait.runtime.session import SessionOptions, open_bundle
+
+    settings = settings_from(options)
+    check_output(options.output)
+    # Everything that can be wrong is found before the graphs are loaded.
+    bundle = Bundle(options.bundle)
+    SessionOptions(mode=settings.generation).resolve(bundle.config)
+    if settings.stream and "stream" not in bundle.config.generation.modes:
+        raise UserError("--stream", expected="a checkpoint that was trained for streams", found="clip mode only")
+    measure.World()
+    probe, reason = open_probe(options, bundle)
+    opened = open_bundle(options.bundle, threads=settings.threads)
+    report, sheets = measure.measure(opened, settings, probe, reason, say)
+    written = write_report(options.output, report, sheets)
+    missed = print_verdicts(report)
+    print("fp-bench: " + ", ".join(map(str, written)))
+    return EXIT_MISSED if options.enforce and missed else 0
+
+
+def settings_from(options: argparse.Namespace):
+    """Settings of the run.
+
+    Raises:
+        UserError: a number or name that no run can have.
+    """
+    from factorportrait.benchmarks.quality.cases import MODES
+    from factorportrait.benchmarks.quality.measure import STREAM_PERIOD, Settings
+
+    usual = (QUICK_IDENTITIES, QUICK_FRAMES) if options.quick else (DEFAULT_IDENTITIES, DEFAULT_FRAMES)
+    identities = usual[0] if options.identities is None else options.identities
+    frames = usual[1] if options.frames is None else options.frames
+    threads = 1 if options.threads is None else options.threads
+    for name, value, least in (
+        ("identities", identities, 1), ("frames", frames, 5), ("threads", threads, 1), ("seed", options.seed, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"--{name}", expected=f"{least} or more", found=str(value), action="choose another number")
+    if options.stream and (options.stream < 2 * STREAM_PERIOD or options.stream % STREAM_PERIOD):
+        raise UserError(
+            "--stream", expected=f"a multiple of {STREAM_PERIOD}, at least {2 * STREAM_PERIOD}",
+            found=str(options.stream), action="1000 is what the target asks for",
+        )  # fmt: skip
+    modes = tuple(part.strip() for part in options.modes.split(","))
+    for mode in modes:
+        if mode not in MODES or modes.count(mode) > 1:
+            near = difflib.get_close_matches(mode, MODES, 1)
+            raise UserError(
+                "--modes", expected="a list of " + ", ".join(MODES), found=repr(mode),
+                action=f"did you mean {near[0]}?" if near and near[0] != mode else "name each once",
+            )  # fmt: skip
+    return Settings(
+        identities, frames, parse_steps(options.steps), modes, options.seed, options.generation, options.stream,
+        1 if options.quick else 2, options.data, options.threads,
+    )  # fmt: skip
+
+
+def parse_steps(text: str | None) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4); None -> ().
+
+    Raises:
+        UserError: not a list of positive whole numbers.
+    """
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError("--steps", expected="numbers of steps such as 1,2,4", found=repr(text))
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError unless the report can go there; a folder with other things is not written into."""
+    from factorportrait.benchmarks.quality.report import FILES
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}", expected="a folder", found="a file", action="choose another place")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILES[0]).is_file():
+        raise UserError(
+            f"--output {folder}", expected="a new or empty folder, or an earlier report", found="other files",
+            action="choose another folder",
+        )  # fmt: skip
+
+
+def open_probe(options: argparse.Namespace, bundle):
+    """The probe and "", or None and why there is none. A probe that was named must be there."""
+    from factorportrait.benchmarks.quality.probe import DEFAULT_PATH, Probe
+
+    if bundle.config.height != bundle.config.width:
+        return None, "the probe reads square pictures only"
+    if options.probe is None and not DEFAULT_PATH.is_file():
+        return None, "no probe is shipped with this copy (python -m factorportrait.benchmarks.quality.probe train makes one)"
+    return Probe(options.probe or DEFAULT_PATH, options.threads), ""
+
+
+def say(line: str) -> None:
+    print(f"fp-bench: {line}", file=sys.stderr, flush=True)
+
+
+def print_verdicts(report) -> int:
+    """Targets with their figures on stdout; the number of missed ones."""
+    from factorportrait.benchmarks.quality.report import mean_of, verdicts
+
+    for reason in (report.rulers["probe_missing"], report.rulers["lpips_missing"]):
+        if reason:
+            print(f"fp-bench: not measured: {reason}")
+    found = verdicts(report)
+    for target in found:
+        sign = ">=" if target["compare"] == "at_least" else "<="
+        value = "-" if target["value"] is None else f"{target['value']:.3f}"
+        note = f" ({target['note']})" if target["note"] else ""
+        print(
+            f"{target['status']:>12}  {value:>9} {sign} {target['figure']:g} {target['unit']:<5}  "
+            f"{target['sentence']}{note}"
+        )
+    psnr = mean_of(report, report.primary, "psnr")
+    print(f"fp-bench: mean PSNR {psnr:.2f} dB over {len(report.clips)} clips in {report.seconds:.0f} s")
+    return sum(target["status"] == "missed" for target in found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
