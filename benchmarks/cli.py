@@ -56,13 +56,21 @@ def quality(options: argparse.Namespace) -> int:
     from factorportrait.benchmarks.quality import measure
     from factorportrait.benchmarks.quality.report import write_report
     from factorportrait.bundle import Bundle
+    from factorportrait.model_config import FRAMES_PER_LATENT
     from factorportrait.runtime.session import SessionOptions, open_bundle
 
     settings = settings_from(options)
     check_output(options.output)
     # Everything that can be wrong is found before the graphs are loaded.
     bundle = Bundle(options.bundle)
-    SessionOptions(mode=settings.generation).resolve(bundle.config)
+    mode = SessionOptions(mode=settings.generation).resolve(bundle.config).mode
+    longest = 1 + FRAMES_PER_LATENT * (bundle.config.generation.max_clip_frames - 1)
+    if mode == "clip" and max(settings.frames, measure.ACTION_FRAMES) > longest:
+        raise UserError(
+            "--generation clip", expected=f"clips of at most {longest} frames, the length of the training",
+            found=f"{settings.frames} frames, {measure.ACTION_FRAMES} for single actions",
+            action="use --generation stream, or fewer --frames",
+        )  # fmt: skip
     if settings.stream and "stream" not in bundle.config.generation.modes:
         raise UserError("--stream", expected="a checkpoint that was trained for streams", found="clip mode only")
     measure.World()

@@ -33,6 +33,8 @@ REGIONS = ("iris", "hair", "skin", "lips")
 class World:
     """The demo's people, motions and renderer, which lie beside the package in a checkout.
 
+    The one place of the package that reaches for `demo`, and by name, because it is there only for who measures.
+
     Raises:
         UserError: this is no checkout, or the renderer's packages are missing.
     """

@@ -306,11 +306,13 @@ def test_quick_run(tiny_bundle, tmp_path, capsys):
     assert (tmp_path / "probe.onnx").stat().st_size <= probe.MAX_BYTES
     out = tmp_path / "out"
     command = ["quality", str(tiny_bundle), "--quick", "--frames", "6", "--steps", "2,1", "--threads", "1", "--enforce"]
+    command += ["--stream", "200"]
     assert cli.main([*command, "--output", str(out), "--probe", str(tmp_path / "probe.onnx")]) == cli.EXIT_MISSED
     assert sorted(path.name for path in out.iterdir()) == sorted(report.FILES)
     made = report.Report.from_json((out / "quality.json").read_text(), "quality.json")
     assert len(made.clips) == 2 and [clip["mode"] for clip in made.clips] == ["frontal", "novel"]
     assert made.primary == "steps_2" and len(made.cross) == 2 and len(made.disentanglement) == 2
+    assert len(made.stream["psnr_by_hundred"]) == 2 and made.stream["seam_ratio"]["against_all"] > 0
     for clip in made.clips:
         found = clip["methods"]
         assert found["truth"]["psnr"] == metrics.MAX_PSNR and found["truth"]["expression_error"] == 0
