@@ -72,7 +72,10 @@ def quality(options: argparse.Namespace) -> int:
             action="use --generation stream, or fewer --frames",
         )  # fmt: skip
     if settings.stream and "stream" not in bundle.config.generation.modes:
-        raise UserError("--stream", expected="a checkpoint that was trained for streams", found="clip mode only")
+        raise UserError(
+            "--stream", expected="a checkpoint that was trained for streams", found="clip mode only",
+            action="leave --stream out",
+        )  # fmt: skip
     measure.World()
     probe, reason = open_probe(options, bundle)
     opened = open_bundle(options.bundle, threads=settings.threads)
@@ -130,7 +133,9 @@ def parse_steps(text: str | None) -> tuple[int, ...]:
         return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError("--steps", expected="numbers of steps such as 1,2,4", found=repr(text))
+        raise UserError(
+            "--steps", expected="numbers of steps such as 1,2,4", found=repr(text), action="4 is a good start"
+        )
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
@@ -169,6 +174,8 @@ def print_verdicts(report) -> int:
     for reason in (report.rulers["probe_missing"], report.rulers["lpips_missing"]):
         if reason:
             print(f"fp-bench: not measured: {reason}")
+    if report.rulers["probe_doubt"]:
+        print(f"fp-bench: do not trust expression and pose figures: {report.rulers['probe_doubt']}")
     found = verdicts(report)
     for target in found:
         sign = ">=" if target["compare"] == "at_least" else "<="

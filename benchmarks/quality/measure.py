@@ -317,6 +317,16 @@ class Traits:
     colours: dict[str, np.ndarray]
 
 
+def probe_doubt(notes: dict[str, Any], least: float) -> str:
+    """Why the probe's figures say little; empty when they can be trusted."""
+    explained = notes.get("val_explained")
+    if explained is None:
+        return "the probe was not validated (train it with --validate)"
+    if explained < least:
+        return f"the probe explains {100 * explained:.0f} % of the variance of expressions, {100 * least:.0f} % are needed"
+    return ""
+
+
 def reading_errors(found: Reading | None, truth: Reading | None, known: Motion) -> dict[str, float | None]:
     """Expression (mean |coefficient|) and pose errors (degrees), against the probe's reading of the truth, and against
     what is known.
@@ -386,6 +396,7 @@ def measure(
         rulers={
             "probe": probe.notes if probe else None,
             "probe_missing": probe_reason,
+            "probe_doubt": probe_doubt(probe.notes, bench.thresholds["probe_explained"]) if probe else "",
             "lpips_missing": lpips.reason,
         },
         clips=results,

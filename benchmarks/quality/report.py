@@ -73,7 +73,7 @@ class Report:
         clips: self-reenactment, per clip: person, mode, changed_share, methods -> metric -> figure or None.
         cross: the same for mixed factors; disentanglement: per case generated/truth -> changed factor -> read factor -> change.
         actions: per person: action -> figures; stream: of one long stream, or None.
-        rulers: how the probe was trained, and why it or LPIPS is missing.
+        rulers: how the probe was trained, why it is missing or in doubt, and why LPIPS is missing.
     """
 
     schema: int
@@ -420,11 +420,12 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
     """One page that works offline: style and pictures are inside. sheets: title -> PNG."""
     summary, settings, rulers = summarise(report), report.settings, report.rulers
     bundle = report.bundle
-    probe = (
-        "Expression and pose are read by an independent probe, " + escape(json.dumps(rulers["probe"]))
-        if rulers["probe"]
-        else f"Expression and pose errors: not measured, {escape(rulers['probe_missing'])}."
-    )
+    probe = f"Expression and pose errors: not measured, {escape(rulers['probe_missing'])}."
+    if rulers["probe"]:
+        notes = ", ".join(f"{name} {value}" for name, value in rulers["probe"].items())
+        probe = f"Expression and pose are read by an independent probe ({escape(notes)})."
+    if rulers["probe_doubt"]:
+        probe += f' <b class="missed">Do not trust its figures: {escape(rulers["probe_doubt"])}.</b>'
     lpips = f"LPIPS: not measured, {escape(rulers['lpips_missing'])}." if rulers["lpips_missing"] else ""
     lead = (
         f"{settings['identities']} test identities, {settings['frames']} frames each at {bundle['width']}×{bundle['height']}, "

@@ -13,7 +13,7 @@ import pytest
 
 from factorportrait.benchmarks import cli
 from factorportrait.benchmarks.quality import metrics, probe, report
-from factorportrait.benchmarks.quality.measure import Sheets, load_thresholds
+from factorportrait.benchmarks.quality.measure import Sheets, load_thresholds, probe_doubt
 from factorportrait.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +121,13 @@ def test_seam_ratio():
     assert metrics.seam_ratio(truth, truth, 2)["against_all"] is None
 
 
+def test_a_bad_probe_is_doubted():
+    least = load_thresholds()["probe_explained"]
+    assert "not validated" in probe_doubt({}, least)
+    assert "explains 10 %" in probe_doubt({"val_explained": 0.1}, least)
+    assert probe_doubt({"val_explained": 0.9}, least) == ""
+
+
 def test_rotation_columns_round_trip():
     q = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 3, 3)))[0]
     q *= np.linalg.det(q)[:, None, None]
@@ -154,7 +161,7 @@ def make_report(**changes) -> report.Report:
         "settings": {"identities": 2, "frames": 13, "steps": [4, 50], "primary_steps": 4, "modes": ["all"], "seed": 0,
                      "generation": "stream"},
         "thresholds": load_thresholds(),
-        "rulers": {"probe": None, "probe_missing": "none <here>", "lpips_missing": "no package"},
+        "rulers": {"probe": None, "probe_missing": "none <here>", "probe_doubt": "", "lpips_missing": "no package"},
         "clips": [{"person": f"test-{i}", "mode": "all", "changed_share": 0.1, "methods": methods} for i in range(2)],
         "cross": [], "actions": [], "stream": None, "seconds": 1.0,
         "disentanglement": [{"person": "a", "other": "b", "generated": generated, "truth": truth}],
@@ -319,7 +326,8 @@ def test_quick_run(tiny_bundle, tmp_path, capsys):
         assert found["truth"]["sharpness"] == pytest.approx(1) and found["truth"]["ssim"] == pytest.approx(1)
         assert found["neutral"]["psnr"] > found["steps_2"]["psnr"]
         assert found["portrait_copied"]["flicker"] == 0 and found["steps_1"]["pose_error_deg"] > 0
-    assert "missed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "missed" in printed and "do not trust" in printed
 
 
 def test_fused_probe_equals_the_trained_one(tmp_path):
