@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from demo.presets import DiTSettings
-from demo.train.expression import CodeBasis
+from demo.train.expression import CodeBasis, scale_layers
 from demo.train.latents import LatentStore
 from demo.train.trainer import Draw, Metrics
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait, stream_mask
@@ -22,18 +22,26 @@ from factorportrait.model_config import GenerationConfig
 CHUNK_FULL_SHARE = 0.75  # of chunks that have `chunk_frames`; the others are shorter, as the last of a video may be
 NUM_CHUNKS_SHARES = (0.4, 0.5, 0.1)  # of windows with 1, 2, 3 chunks
 WHOLE_CLIP_SHARE = 0.3
+INITIAL_MODULATION = 0.1  # deviation of the modulation over codes
 DROP_ALL_SHARE = 0.03
 VALIDATION_SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Muon updates the matrices of the blocks."""
-    return parameter.ndim == 2 and name.startswith("dit.blocks.")
+    """Muon updates the matrices of the blocks and of the controller."""
+    return (
+        parameter.ndim >= 2 and name.startswith(("dit.blocks.", "expression.controller.")) and "modulation" not in name
+    )
 
 
-def prepare(model: FactorPortrait) -> None:
-    """Start the head at zero and train the transformer and the controller alone."""
+def prepare(model: FactorPortrait, codes: Tensor) -> None:
+    """Start the head at zero and the controller with a modulation that codes [B, T, E] do move; train these two networks alone."""
+    controller = model.expression["controller"]
+    scale_layers(
+        controller, codes, [torch.zeros(len(codes), *s, device=codes.device) for s in controller.state_shapes()]
+    )
     with torch.no_grad():
+        controller.projection[-1].weight *= INITIAL_MODULATION
         model.dit.head.head.weight.zero_()
         model.dit.head.head.bias.zero_()
     model.requires_grad_(False)

@@ -7,6 +7,7 @@ basis. The map fits it; the encoder regresses it from pictures of any person, vi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,22 @@ from factorportrait.arkit import ARKIT_NAMES
 
 STD_FLOOR = 0.05  # rare actions are not blown up beyond this
 GAZE_REACH = 0.005  # metres that an iris moves; the basis turns eyeballs instead of moving their vertices
-JITTER = 0.12  # of the crop's place and size, as a share of the picture
+COLOUR_JITTER = 0.25  # of the gain of each colour channel
+JITTER = 0.15  # of the crop's place and size, as a share of the picture
 STATISTICS_CLIPS = 256
 JAW = ARKIT_NAMES.index("jawOpen")
+SIDES = {"Left": "Right", "Right": "Left"}
+
+
+def mirrored_name(name: str) -> str:
+    """The action of the other side, such as mouthLeft for mouthRight."""
+    for side, other in SIDES.items():
+        if name.endswith(side):
+            return name.removesuffix(side) + other
+    return name
+
+
+MIRROR = [ARKIT_NAMES.index(mirrored_name(name)) for name in ARKIT_NAMES]
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
@@ -71,34 +85,41 @@ class CodeBasis:
 
 
 @torch.no_grad()
-def scale_layers(encoder: nn.Module, images: Tensor) -> None:
-    """Scale every layer to outputs of unit variance on `images` (Mishkin and Matas 2016).
+def scale_layers(net: nn.Module, *inputs: Any) -> None:
+    """Scale every layer of `net` so that its channels vary by 1 over `inputs`; biases become 0 (Mishkin and Matas 2016).
 
-    With the default initialisation the picture's share shrinks layer by layer until biases outweigh it, and training stalls.
+    With the default initialisation the input's share shrinks layer by layer, and training stalls: the encoder's behind its biases,
+    the controller's because the transformer first learns to ignore it.
     """
 
     def normalise(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        layer.weight /= (output - layer.bias.view(1, -1, *[1] * (output.ndim - 2))).std() + 1e-6
+        output = output - (
+            layer.bias if isinstance(layer, nn.Linear) else layer.bias.view(-1, *[1] * (output.ndim - 2))
+        )
+        channel = -1 if isinstance(layer, nn.Linear) else 1
+        deviation = output.movedim(channel, -1).flatten(0, -2).std(0).mean()
         layer.bias.zero_()
-        return layer.forward(*inputs)
+        layer.weight /= deviation
+        return output / deviation
 
-    layers = [layer for layer in encoder.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear))]
     handles = [layer.register_forward_hook(normalise) for layer in layers]
-    encoder(images)
+    net(*inputs)
     for handle in handles:
         handle.remove()
-    encoder.code.weight *= 0.1
 
 
 def jitter(images: Tensor, draw: Draw) -> Tensor:
-    """[B, 3, S, S] -> the same with another crop, brightness and contrast per picture."""
-    amounts = draw.uniform((images.shape[0], 5), images.device) * 2 - 1
+    """[B, 3, S, S] -> the same with another crop, brightness, contrast and tint per picture."""
+    amounts = draw.uniform((images.shape[0], 8), images.device) * 2 - 1
     scale, shift = 1 + JITTER * amounts[:, :1], JITTER * amounts[:, 1:3]
     affine = torch.cat([scale, scale * 0, shift[:, :1], scale * 0, scale, shift[:, 1:]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     contrast, brightness = 1 + 0.2 * amounts[:, 3], 0.15 * amounts[:, 4]
-    return (moved * contrast.view(-1, 1, 1, 1) + brightness.view(-1, 1, 1, 1)).clamp(-1, 1)
+    tint = 1 + COLOUR_JITTER * amounts[:, 5:, None, None]
+    tinted = (moved + 1) * tint - 1
+    return (tinted * contrast.view(-1, 1, 1, 1) + brightness.view(-1, 1, 1, 1)).clamp(-1, 1)
 
 
 def sample_images(store: ClipStore, draw: Draw, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -121,7 +142,10 @@ def sample_coefficients(draw: Draw, coefficients: Tensor, count: int) -> Tensor:
 def expression_loss(
     nets: nn.ModuleDict, draw: Draw, images: Tensor, coefficients: Tensor, basis: CodeBasis
 ) -> tuple[Tensor, Metrics]:
-    """Regression of the code by both networks."""
+    """Regression of the code by both networks, from pictures of which half are mirrored."""
+    mirror = draw.uniform((len(images),), images.device) < 0.5
+    images = torch.where(mirror.view(-1, 1, 1, 1), images.flip(-1), images)
+    coefficients = torch.where(mirror[:, None], coefficients[:, MIRROR], coefficients)
     seen = F.mse_loss(nets["encoder"](jitter(images, draw)).float(), basis.code(coefficients))
     many = sample_coefficients(draw, coefficients, 4 * len(coefficients))
     mapped = F.mse_loss(nets["arkit"](many).float(), basis.code(many))

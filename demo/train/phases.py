@@ -32,6 +32,7 @@ from factorportrait.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
 REFRESH_STEPS = 50  # between two looks for new shards
+INITIAL_CODE_SIZE = 0.1  # of the encoder's output, of unit variance later
 LATENT_SPLITS = ("val", "train")
 
 
@@ -118,6 +119,7 @@ def run_expression(job: Job) -> None:
     nets = expression_nets().to(job.device)
     images, _ = expression_phase.sample_images(train, Draw(job.preset.seed, "initial", 0, 0), 32, job.device)
     expression_phase.scale_layers(nets["encoder"], images)
+    nets["encoder"].code.weight.data *= INITIAL_CODE_SIZE
     trainer = Trainer(
         "expression",
         nets,
@@ -191,7 +193,7 @@ def run_dit(job: Job) -> None:
     basis = code_basis(job)
     settings = job.settings(job.preset.dit)
     model = assemble(job)
-    dit_phase.prepare(model)
+    dit_phase.prepare(model, basis.code(train.stack("coefficients", list(range(min(64, len(train)))), job.device)))
     trainer = Trainer("dit", model, settings, job.work, job.preset.seed, dit_phase.is_matrix, job.preset.workers)
     trainer.resume()
     if job.preset.compile:

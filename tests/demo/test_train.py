@@ -12,11 +12,12 @@ from torch import nn
 
 from demo.presets import CPU, MODEL, DiTSettings, PhaseSettings
 from demo.train.dit import dit_loss, draw_sigmas, draw_window, is_matrix, prepare
-from demo.train.expression import CodeBasis
+from demo.train.expression import MIRROR, CodeBasis
 from demo.train.latents import LatentStore, group_frames, pack_rays, write_shard
 from demo.train.muon import orthogonalise
 from demo.train.sampling import euler, sample_clip, sample_stream
 from demo.train.trainer import Draw, Trainer, learning_rate
+from factorportrait.arkit import ARKIT_NAMES
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait
 from factorportrait.model_config import DiTConfig
 
@@ -129,7 +130,9 @@ def toy_store(folder: Path, clips: int = 3) -> LatentStore:
 def test_transformer_learns_and_only_what_it_should(tmp_path):
     torch.manual_seed(0)
     model = FactorPortrait(TOY)
-    prepare(model)
+    codes = torch.randn(2, 8, 128)
+    prepare(model, codes)
+    assert 0.05 < model.clip_modulation(codes)[:, 1:].std((0, 1)).mean() < 0.2
     before = {name: p.clone() for name, p in model.named_parameters()}
     settings = DiTSettings(steps=40, parts=1, batch=24, learning_rate=3e-3, warmup_steps=2)
     store, losses = toy_store(tmp_path), []
@@ -182,6 +185,13 @@ def test_code_basis_probe_inverts_the_code():
     basis = toy_basis()
     coefficients = torch.rand(7, 52)
     assert torch.allclose(basis.coefficients(basis.code(coefficients)), coefficients, atol=1e-4)
+
+
+def test_mirrored_actions_swap_sides():
+    names = [ARKIT_NAMES[i] for i in MIRROR]
+    assert [ARKIT_NAMES[MIRROR[i]] for i in MIRROR] == list(ARKIT_NAMES)
+    assert names[ARKIT_NAMES.index("eyeLookInLeft")] == "eyeLookInRight"
+    assert names[ARKIT_NAMES.index("jawOpen")] == "jawOpen"
 
 
 def test_groups_repeat_the_first_frame():
