@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
-# An index of torch wheels without CUDA, see README.md.
-TORCH_INDEX ?=
+# Where torch comes from. Without an NVIDIA GPU: wheels without CUDA, gigabytes smaller; if that index cannot be reached, or
+# TORCH_INDEX is empty, the usual one.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 # Stamps of what is installed; a change of pyproject.toml or of the C++ sources installs again.
+STAMP_VENV := $(VENV)/.made
+STAMP_TORCH := $(VENV)/.installed-torch
 STAMP_DEMO := $(VENV)/.installed-demo
 STAMP_DEV := $(VENV)/.installed-dev
+TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 BUILT_FROM := pyproject.toml $(shell find cpp_ext -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt')
 
 .PHONY: demo test test-full lint sanitize clean
@@ -25,22 +29,30 @@ test-full: $(STAMP_DEV)
 lint: $(STAMP_DEV)
 	$(BIN)/ruff check .
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+# A stamp written last: what a failed run left behind is completed by the next one, not trusted.
+$(STAMP_VENV):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/python -m pip install --quiet torch==2.13.0 --index-url $(TORCH_INDEX); fi
-
-$(STAMP_DEMO): $(BUILT_FROM) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet -e ".[demo]"
 	touch $@
 
-$(STAMP_DEV): $(BUILT_FROM) | $(VENV)/bin/python
+$(STAMP_TORCH): $(STAMP_VENV) pyproject.toml
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --retries 1 --timeout 15 --index-url $(TORCH_INDEX) "$(TORCH)" || ) \
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(STAMP_DEMO): $(STAMP_TORCH) $(BUILT_FROM)
+	$(BIN)/python -m pip install --quiet -e ".[export,mesh]"
+	touch $@
+
+$(STAMP_DEV): $(STAMP_TORCH) $(BUILT_FROM)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@ $(STAMP_DEMO)
 
 # The C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer.
-sanitize:
-	@if command -v $${CXX:-c++} >/dev/null; then bash cpp_ext/sanitize.sh; else echo "sanitize: no C++ compiler, skipped"; fi
+sanitize: $(STAMP_DEV)
+	@if command -v $${CXX:-c++} >/dev/null; then PATH="$(abspath $(BIN)):$$PATH" bash cpp_ext/sanitize.sh; \
+	else echo "sanitize: no C++ compiler, skipped"; fi
 
 clean:
 	rm -rf $(OUT) build .pytest_cache .ruff_cache .hypothesis

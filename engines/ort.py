@@ -18,7 +18,7 @@ _DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "int
 class OrtRunner:
     """One graph in ONNX Runtime. Bound runs write into the caller's arrays; eager runs allocate every output.
 
-    Both run the same kernels on the same data, so their results are equal to the bit (tests/runtime/test_eager.py).
+    Both run the same kernels on the same data, so their results are equal to the bit (tests/runtime/test_session.py).
     """
 
     def __init__(self, spec: StageSpec, path: Path, options: onnxruntime.SessionOptions, eager: bool):
@@ -37,7 +37,12 @@ class OrtRunner:
         self._output_names = [output.name for output in spec.outputs]
         found = [value.name for value in self._session.get_outputs()]
         if found != self._output_names:
-            raise BundleError(f"graph {path}", expected=f"outputs {self._output_names}", found=str(found))
+            raise BundleError(
+                f"graph {path}",
+                expected=f"outputs {self._output_names}",
+                found=str(found),
+                action="make the bundle again with fp-export",
+            )
 
     def run(self, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, np.ndarray]:
         """See `factorportrait.engines.base.Runner.run`."""

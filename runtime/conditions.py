@@ -93,7 +93,9 @@ class GroupEncoder:
                 inputs = {"coefficients": np.asarray(frame.coefficients, np.float32)[None]}
                 return self._runners["arkit_encoder"].run(inputs)["code"].copy()
             if frame.image is None:
-                raise UserError("driving frame", expected="an image or 52 coefficients", found="neither")
+                raise UserError(
+                    "driving frame", expected="an image or 52 coefficients", found="neither", action="give one of them"
+                )
             to_unit(resize(frame.image, self._image.shape[-1]), self._image[0])
             return self._runners["expression_encoder"].run({"image": self._image})["code"].copy()
 

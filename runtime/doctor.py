@@ -32,9 +32,14 @@ class Finding:
     action: str = ""
 
 
+def extra(name: str) -> str:
+    """The command that adds an extra of this package."""
+    return f'pip install "factorportrait[{name}]" (in a checkout: pip install -e ".[{name}]")'
+
+
 def findings() -> list[Finding]:
     """Look at the machine."""
-    extra = 'pip install "factorportrait[{}]"'.format
+    later = "not used by this version yet"
     return [
         _machine(),
         _package("onnxruntime", "run bundles", "pip install onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
@@ -48,15 +53,10 @@ def findings() -> list[Finding]:
         _checkpoint(),
         _bundle(),
         _gpu(),
-        _cuda_provider(),
-        _package(
-            "tensorrt",
-            "TensorRT plans (not used by this version yet)",
-            extra("tensorrt"),
-            ("tensorrt-cu13", "tensorrt"),
-        ),
-        _package("cuda", "CUDA graphs (not used by this version yet)", extra("tensorrt"), ("cuda-python",)),
-        _program("ffprobe", "look into videos by hand; not needed to run", "apt-get install ffmpeg"),
+        _cuda_provider(later),
+        _package("tensorrt", f"TensorRT plans, {later}", extra("tensorrt"), ("tensorrt-cu13", "tensorrt")),
+        _package("cuda", f"CUDA graphs, {later}", extra("tensorrt"), ("cuda-python",)),
+        _program("ffprobe", "looking into videos by hand", "apt-get install ffmpeg"),
     ]
 
 
@@ -104,24 +104,19 @@ def _package(module: str, purpose: str, action: str, names: tuple[str, ...] = ()
 
 def _extension() -> Finding:
     present = importlib.util.find_spec("factorportrait._embed") is not None
-    purpose = "fused pose and camera embedding in C++"
+    purpose = "fused pose and camera embedding in C++ (without it NumPy does the same)"
     return Finding(
-        "C++ extension",
-        present,
-        purpose if present else "",
-        purpose + " (NumPy is used instead)",
-        "install with a C++17 compiler",
-    )
+        "C++ extension", present, purpose if present else "", purpose,
+        "apt-get install g++, then pip install --force-reinstall --no-deps . in a checkout",
+    )  # fmt: skip
 
 
 def _checkpoint() -> Finding:
+    action = "git checkout -- demo/checkpoint, or install a complete wheel"
     try:
-        path, present = shipped_checkpoint(), True
+        return Finding("demo checkpoint", True, str(shipped_checkpoint()), "the shipped demo")
     except UserError:
-        path, present = None, False
-    return Finding(
-        "demo checkpoint", present, str(path) if present else "", "the shipped demo", "use a full checkout or wheel"
-    )
+        return Finding("demo checkpoint", False, "", "the shipped demo", action)
 
 
 def _bundle() -> Finding:
@@ -131,27 +126,34 @@ def _bundle() -> Finding:
 
 
 def _gpu() -> Finding:
-    purpose = "NVIDIA GPU"
+    purpose = "NVIDIA GPU; without one bundles run on the CPU"
+    action = "nothing to do on a machine without a GPU; else install NVIDIA's driver and look at nvidia-smi"
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return Finding("NVIDIA GPU", False, "no driver; bundles run on the CPU", purpose, "not needed")
+        return Finding("NVIDIA GPU", False, "no driver; bundles run on the CPU", purpose, action)
     count = ctypes.c_int(0)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return Finding("NVIDIA GPU", False, "a driver, but no GPU that it can use", purpose, "see nvidia-smi")
+        return Finding("NVIDIA GPU", False, "a driver, but no GPU that it can use", purpose, action)
     name = ctypes.create_string_buffer(128)
     driver.cuDeviceGetName(name, 128, 0)
     return Finding("NVIDIA GPU", True, f"{count.value} x {name.value.decode()}", purpose)
 
 
-def _cuda_provider() -> Finding:
-    purpose = "ONNX Runtime on the GPU (not used by this version yet)"
-    if importlib.util.find_spec("onnxruntime") is None:
-        return Finding("CUDA provider", False, "", purpose, 'pip install "factorportrait[gpu]"')
-    import onnxruntime
-
+def _cuda_provider(later: str) -> Finding:
+    purpose = f"ONNX Runtime on the GPU, {later}"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Finding(
+            "CUDA provider",
+            False,
+            f"onnxruntime does not load: {error}",
+            purpose,
+            "pip install --force-reinstall onnxruntime",
+        )
     present = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    return Finding("CUDA provider", present, purpose if present else "", purpose, 'pip install "factorportrait[gpu]"')
+    return Finding("CUDA provider", present, purpose if present else "", purpose, extra("gpu"))
 
 
 def _program(name: str, purpose: str, action: str) -> Finding:

@@ -71,9 +71,8 @@ class Denoiser:
         *_, tokens, dim = dit.spec.input("past_k.0").shape
         _, self.channels, _, self.height, self.width = dit.spec.input("noise_latents").shape
         self.tokens, self.dim = tokens, dim
-        self.caches = [
-            KVCache(self.num_blocks, window_frames, chunk_frames, tokens, dim) for _ in range(guidance.num_sets)
-        ]
+        num_caches = guidance.num_sets if mode == "stream" else 0
+        self.caches = [KVCache(self.num_blocks, window_frames, chunk_frames, tokens, dim) for _ in range(num_caches)]
         self._empty = np.zeros((1, 0, tokens, dim), np.float32)
         self._time: dict[int, TimeTable] = {}
         self._buffers: dict[int, dict[str, np.ndarray]] = {}
@@ -172,10 +171,12 @@ class Denoiser:
     ) -> dict[str, np.ndarray]:
         """One run of the transformer for condition set `index`; without `chunk` (the reference) nothing is looked back on."""
         slots = x.shape[2]
-        cache = self.caches[index]
-        used, past_positions = 0, np.zeros(0, np.int64)
+        past_positions = np.zeros(0, np.int64)
+        past_k = past_v = [self._empty] * self.num_blocks
         if self.mode == "stream" and chunk is not None:
+            cache = self.caches[index]
             used, past_positions = cache.past(chunk.first_frame + slots)
+            past_k, past_v = ([buffer[:, :used] for buffer in buffers] for buffers in (cache.keys, cache.values))
         inputs = {
             "noise_latents": x,
             "condition_tokens": tokens,
@@ -185,8 +186,7 @@ class Denoiser:
             "past_positions": past_positions,
         }
         for block in range(self.num_blocks):
-            inputs[f"past_k.{block}"] = cache.keys[block][:, :used] if used else self._empty
-            inputs[f"past_v.{block}"] = cache.values[block][:, :used] if used else self._empty
+            inputs[f"past_k.{block}"], inputs[f"past_v.{block}"] = past_k[block], past_v[block]
         return self.dit.run(inputs, self._slot_buffers(slots)["outputs"])
 
     def _time_table(self, slots: int) -> TimeTable:

@@ -67,7 +67,7 @@ class Guidance:
     """Which conditions are dropped in each set, and how the sets' outputs are weighted in each step.
 
     Attributes:
-        dropped: per set the factors that are taken away; the first set drops nothing.
+        dropped: per set the factors that are taken away.
         weights: [steps, sets]; rows sum to 1. A set with weight 0 is not evaluated in that step.
     """
 
@@ -92,7 +92,8 @@ def constant_guidance(scales: dict[str, float], num_steps: int) -> Guidance:
         dropped.append(frozenset(FACTORS) if factor == "all" else frozenset([factor]))
         weights.append(1.0 - scale)
         weights[0] += scale - 1.0
-    return Guidance(tuple(dropped), np.tile(np.array(weights), (num_steps, 1)))
+    used = [i for i, weight in enumerate(weights) if weight]
+    return Guidance(tuple(dropped[i] for i in used), np.tile(np.array(weights)[used], (num_steps, 1)))
 
 
 def parse_guidance(text: str, num_steps: int) -> Guidance:

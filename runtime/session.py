@@ -100,6 +100,13 @@ def open_bundle(
     if verify:
         bundle.verify()
     engine = OrtEngine(bundle, threads=threads, eager=eager)
+    if any(spec.name.startswith("text_k.") for spec in bundle.stage("dit").inputs):
+        raise UserError(
+            f"bundle {bundle.path}",
+            expected="a transformer without cross-attention to text",
+            found="one with it",
+            action="export a checkpoint without dit.text_dim: this version runs no text",
+        )
     engine.load_all(bundle.stage(name) for name in STAGES)
     return OpenBundle(bundle, engine, load_s=time.perf_counter() - start)
 
@@ -155,7 +162,6 @@ class Session:
             runners["vae_encode_first"], runners["vae_encode_steady"], "frames", "latents"
         )
         self._decoder = StreamingVAE(runners["vae_decode_first"], runners["vae_decode_steady"], "latents", "frames")
-        self._reference: tuple[list[np.ndarray], list[np.ndarray]] | None = None
         self._restart()
 
     @property
@@ -164,6 +170,7 @@ class Session:
         return self._denoiser.cache_bytes
 
     def _restart(self) -> None:
+        self._reference: tuple[list[np.ndarray], list[np.ndarray]] | None = None
         self._encoder.reset()
         self._builder.reset()
         self._denoiser.reset()
@@ -174,7 +181,9 @@ class Session:
         self._num_latent_frames = 0
         self._last: DrivingFrame | None = None
         self._started: float | None = None
+        self._chunk_before: float | None = None
         self._busy_s = 0.0
+        self._finished = False
 
     def set_reference(self, portrait: np.ndarray) -> None:
         """Begin a clip of this person; what was generated before is forgotten.
@@ -191,7 +200,7 @@ class Session:
                 action="read it with load_portrait",
             )
         self._restart()
-        self._started = time.perf_counter()
+        self._started = self._chunk_before = time.perf_counter()
         with self.timings("reference"):
             pixels = np.zeros((1, 3, 1, *expected[:2]), np.float32)
             to_unit(portrait, pixels[0, :, 0])
@@ -204,10 +213,11 @@ class Session:
         """Take one driving frame; give the pictures uint8 [H, W, 3] that became ready, often none.
 
         Raises:
-            UserError: no reference yet, or a clip longer than the checkpoint's (clip mode).
+            UserError: no reference yet, the clip is finished, or a clip longer than the checkpoint's (clip mode).
         """
-        if self._reference is None:
-            raise UserError("push", expected="a portrait first", found="none", action="call set_reference")
+        if self._reference is None or self._finished:
+            found = "a finished clip" if self._finished else "none"
+            raise UserError("push", expected="a portrait first", found=found, action="call set_reference")
         start = time.perf_counter()
         self._num_pushed += 1
         self._last = frame
@@ -223,6 +233,7 @@ class Session:
     def finish(self) -> list[np.ndarray]:
         """End the clip: the last chunk is completed by repeating the last frame, and the surplus is not given out."""
         if self._last is None:
+            self._finished = self._reference is not None
             return []
         start = time.perf_counter()
         pictures = []
@@ -234,7 +245,7 @@ class Session:
                     self._groups.append(group)
             pictures = self._generate()
         self._account(start, pictures)
-        self._last = None
+        self._last, self._finished = None, True
         return pictures
 
     def frames(self, driving: Iterable[DrivingFrame]) -> Iterator[np.ndarray]:
@@ -283,5 +294,5 @@ class Session:
         if pictures:
             if self.timings.first_frame_s is None:
                 self.timings.first_frame_s = now - self._started
-            self.timings.chunks.append((self._busy_s, len(pictures)))
-            self._busy_s = 0.0
+            self.timings.add_chunk(self._busy_s, now - self._chunk_before, len(pictures))
+            self._busy_s, self._chunk_before = 0.0, now

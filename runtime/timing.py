@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import numpy as np
 
+# Percentiles are of the latest chunks, so that a stream that never ends needs no more memory; totals are of all.
+KEPT_CHUNKS = 4096
+
 
 class Timings:
-    """Adds up wall time by stage, and keeps how long each chunk took and how many frames it gave."""
+    """Adds up wall time by stage, and keeps how long the latest chunks took and how many frames each gave.
+
+    A chunk's time is told twice. `busy`: inside the session, from the chunk's first driving frame to its pictures, without what the
+    caller does in between. `wall`: since the chunk before (the first: since the reference), with everything: reading and rendering
+    the driving, writing the video, and waiting.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
-        self.chunks: list[tuple[float, int]] = []
+        self.num_frames = 0
+        self.busy_s = 0.0
         self.first_frame_s: float | None = None
+        self._chunks: deque[tuple[float, float, int]] = deque(maxlen=KEPT_CHUNKS)
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -28,17 +38,38 @@ class Timings:
             self.seconds[stage] += time.perf_counter() - start
             self.calls[stage] += 1
 
-    def frame_ms(self, percentile: float) -> float | None:
-        """Percentile over frames of their chunk's time divided by its frames; None before the first chunk."""
-        per_frame = [1000 * seconds / frames for seconds, frames in self.chunks for _ in range(frames)]
-        return float(np.percentile(per_frame, percentile)) if per_frame else None
+    def add_chunk(self, busy_s: float, wall_s: float, num_frames: int) -> None:
+        """A chunk of so many pictures is ready."""
+        self._chunks.append((busy_s, wall_s, num_frames))
+        self.num_frames += num_frames
+        self.busy_s += busy_s
+
+    @property
+    def last_frame_ms(self) -> float | None:
+        """Wall milliseconds per frame of the latest chunk."""
+        if not self._chunks:
+            return None
+        _, wall_s, num_frames = self._chunks[-1]
+        return 1000 * wall_s / num_frames
+
+    def frame_ms(self, percentile: float, kind: str = "busy") -> float | None:
+        """Percentile over frames of their chunk's time, "busy" or "wall", divided by its frames; None before the first chunk."""
+        if not self._chunks:
+            return None
+        busy_s, wall_s, frames = (np.array(column) for column in zip(*self._chunks, strict=True))
+        per_frame = 1000 * (busy_s if kind == "busy" else wall_s) / frames
+        return float(np.percentile(np.repeat(per_frame, frames.astype(int)), percentile))
 
     def summary(self) -> dict[str, object]:
         """Numbers for a report: milliseconds by stage, per-frame percentiles, time to first frame."""
+        percentiles = {
+            f"{name}_p{percentile}": self.frame_ms(percentile, kind)
+            for name, kind in (("frame_ms", "wall"), ("generate_ms", "busy"))
+            for percentile in (50, 95)
+        }
         return {
             "stage_ms": {stage: round(1000 * seconds, 3) for stage, seconds in self.seconds.items()},
             "stage_calls": dict(self.calls),
-            "frame_ms_p50": self.frame_ms(50),
-            "frame_ms_p95": self.frame_ms(95),
+            **percentiles,
             "time_to_first_frame_ms": None if self.first_frame_s is None else 1000 * self.first_frame_s,
         }

@@ -6,6 +6,7 @@ import numpy as np
 
 from factorportrait.bundle import StageSpec
 from factorportrait.engines.base import Runner
+from factorportrait.errors import UserError
 
 
 def cache_names(spec: StageSpec, side: str) -> list[str]:
@@ -73,6 +74,17 @@ def to_unit(image: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def to_pictures(frames: np.ndarray) -> list[np.ndarray]:
-    """float32 [1,3,n,H,W] in -1..1 -> n pictures uint8 [H,W,3]; not-a-number becomes black."""
-    scaled = np.nan_to_num((frames[0].transpose(1, 2, 3, 0) + 1) * 127.5, nan=0.0)
+    """float32 [1,3,n,H,W] in -1..1 -> n pictures uint8 [H,W,3].
+
+    Raises:
+        UserError: a value is not finite; a black picture would hide it.
+    """
+    if not np.isfinite(frames).all():
+        raise UserError(
+            "the decoder's frames",
+            expected="finite numbers",
+            found="not-a-number or infinity",
+            action="check the bundle with fp-export inspect BUNDLE --verify, or use one of higher precision",
+        )
+    scaled = (frames[0].transpose(1, 2, 3, 0) + 1) * 127.5
     return list(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))

@@ -52,8 +52,9 @@ def test_clip_folder_to_video(tiny_bundle, inputs, tmp_path, capsys):
     assert frames.shape == (7, 32, 32, 3) and fps == 25
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["frames"] == 7 and report["fps"] == "25"
-    assert {"expression", "pose", "step", "commit", "decode", "write"} <= set(report["stage_ms"])
+    assert {"input", "expression", "pose", "step", "commit", "decode", "write"} <= set(report["stage_ms"])
     assert 0 < report["frame_ms_p50"] <= report["frame_ms_p95"]
+    assert 0 < report["generate_ms_p50"] <= report["frame_ms_p50"]  # end to end is never less
     assert report["time_to_first_frame_ms"] > 0 and report["peak_memory_bytes"] > 2**20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4"]
 
@@ -218,6 +219,8 @@ BROKEN = {
     "guidance": (lambda folder, inputs: {"guidance": "smile=2"}, "--guidance"),
     "steps": (lambda folder, inputs: {"steps": 0}, "--steps"),
     "window": (lambda folder, inputs: {"window": 99}, "the trained window"),
+    "fps that divides by zero": (lambda folder, inputs: {"fps": "25/0"}, "25/0"),
+    "fps that is a word": (lambda folder, inputs: {"fps": "fast"}, "fast"),
     "crop": (lambda folder, inputs: {"driving_crop": "1,2,3"}, "1,2,3"),
     "clip too long": (lambda folder, inputs: {"mode": "clip", "frames": 60}, "use --mode stream"),
     "frames that nothing ends": (lambda folder, inputs: {"frames": 0}, "--frames"),

@@ -5,46 +5,66 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from fractions import Fraction
 
-# Runs in a process of its own, whose memory is nobody else's. Frames are encoded to a file as in fp-run.
+import numpy as np
+
+from factorportrait.runtime.media.writer import VideoWriter
+
+# fp-run itself, in a process of its own whose memory is nobody else's: video and mesh in, normals rendered, video out. Only the
+# writer is watched: after every frame the resident size is noted.
 SCRIPT = """
 import json, sys
-from fractions import Fraction
-import numpy as np
-from factorportrait.runtime.conditions import DrivingFrame
-from factorportrait.runtime.inputs import default_camera
-from factorportrait.runtime.media.writer import VideoWriter
-from factorportrait.runtime.session import open_bundle
+from factorportrait.runtime.cli import main
+from factorportrait.runtime.media import writer
 
-bundle, output, total = sys.argv[1], sys.argv[2], int(sys.argv[3])
-session = open_bundle(bundle, threads=1).session(steps=1)
-config = session.config
-K, c2w = default_camera(config)
-
-def resident_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-def driving():
-    random = np.random.default_rng(0)
-    for _ in range(total):
-        normals = random.integers(0, 255, (config.height, config.width, 3), dtype=np.uint8)
-        yield DrivingFrame(normals, K, c2w, coefficients=random.random(52, dtype=np.float32))
-
-session.set_reference(np.full((config.height, config.width, 3), 90, np.uint8))
 sizes = []
-with VideoWriter(output, config.width, config.height, Fraction(25)) as writer:
-    for picture in session.frames(driving()):
-        writer.write(picture)
-        sizes.append(resident_bytes())
+write = writer.VideoWriter.write
+
+def watched(self, frame):
+    write(self, frame)
+    with open("/proc/self/statm") as file:
+        sizes.append(int(file.read().split()[1]) * 4096)
+
+writer.VideoWriter.write = watched
+code = main(sys.argv[1:])
 print(json.dumps(sizes))
+sys.exit(code)
 """
 
 
-def test_memory_is_flat_over_2001_frames(tiny_bundle, tmp_path):
+def write_driving(folder, num_frames: int) -> None:
+    """A clip folder: a small video, and a turning tetrahedron as mesh."""
+    folder.mkdir()
+    y, x = np.mgrid[0:64, 0:64]
+    with VideoWriter(folder / "video.mp4", 64, 64, Fraction(25)) as writer:
+        for i in range(num_frames):
+            writer.write(np.stack([(x * 3 + i) % 256, (y * 2 + 2 * i) % 256, (x + y) % 256], -1).astype(np.uint8))
+    corners = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 0.06
+    turns = np.linspace(0, 40, num_frames)
+    cosine, sine = np.cos(turns), np.sin(turns)
+    zero, one = np.zeros(num_frames), np.ones(num_frames)
+    rotations = np.array([[cosine, zero, sine], [zero, one, zero], [-sine, zero, cosine]]).transpose(2, 0, 1)
+    faces = np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]], np.int32)
+    np.savez(folder / "mesh.npz", vertices=(corners @ rotations.transpose(0, 2, 1)).astype(np.float32), faces=faces)
+
+
+def test_memory_is_flat_over_2001_frames(tiny_bundle, inputs, tmp_path):
     """Peak of the last quarter within 2 % of the second quarter's."""
-    command = [sys.executable, "-c", SCRIPT, str(tiny_bundle), str(tmp_path / "out.mp4"), "2001"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    write_driving(tmp_path / "driving", 2001)
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(tiny_bundle),
+        "--portrait",
+        str(inputs / "portrait.png"),
+        "--threads",
+        "1",
+    ]
+    command += ["--driving", str(tmp_path / "driving"), "--steps", "1", "--output", str(tmp_path / "out.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert len(sizes) == 2001
     second, last = max(sizes[500:1000]), max(sizes[1500:])

@@ -15,6 +15,8 @@ from factorportrait.runtime.inputs import default_camera
 from factorportrait.runtime.media.camera import ray_maps
 from factorportrait.runtime.schedule import FACTORS, Guidance, NoiseSource, flow_schedule, parse_guidance
 from factorportrait.runtime.session import open_bundle
+from factorportrait.runtime.timing import Timings
+from factorportrait.runtime.vae import to_pictures
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,8 @@ def test_dropped_expression_is_zero_modulation(opened, model):
     """--guidance expression=0 leaves only the set without expression: weight 0 for the full set, 1 for the other."""
     frames = driving_frames(opened.config, 5)
     guidance = parse_guidance("expression=0", 2)
-    assert guidance.weights.tolist() == [[0.0, 1.0]] * 2
+    assert guidance.weights.tolist() == [[1.0]] * 2  # the full set has weight 0 and is not even kept
+    assert guidance.dropped == (frozenset(["expression"]),)
     pictures = np.stack(render(opened, frames, mode="clip", steps=2, guidance="expression=0"))
     _, pixels = torch_clip(model, frames, steps=2, seed=0, drop_expression=True)
     expected = (pixels.permute(1, 2, 3, 0).numpy() + 1) * 127.5
@@ -195,6 +198,11 @@ def test_errors(opened):
         opened.session().set_reference(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(UserError, match="call set_reference"):
         opened.session().push(driving_frames(config, 1)[0])
+    session = opened.session(steps=1)
+    session.set_reference(portrait(config))
+    list(session.frames(driving_frames(config, 3)))
+    with pytest.raises(UserError, match="found a finished clip; call set_reference"):
+        session.push(driving_frames(config, 1)[0])
     with pytest.raises(UserError, match="the trained window"):
         opened.session(chunk_frames=4, window_frames=3)
     with pytest.raises(UserError, match="--steps; expected 1 or more"):
@@ -256,3 +264,26 @@ def test_progressive_guidance_is_a_table_too():
     guidance = Guidance((frozenset(), frozenset(["expression"]), frozenset(FACTORS)), np.array(weights))
     assert np.allclose(guidance.weights.sum(axis=1), 1)
     assert int((guidance.weights != 0).sum()) == 74
+
+
+def test_clip_mode_keeps_no_cache(opened):
+    assert opened.session(mode="clip").cache_bytes == 0
+    assert opened.session(mode="stream").cache_bytes > 0
+
+
+def test_a_picture_that_is_not_finite_is_an_error():
+    frames = np.zeros((1, 3, 1, 4, 4), np.float32)
+    assert to_pictures(frames)[0].shape == (4, 4, 3)
+    frames[0, 0, 0, 1, 2] = np.nan
+    with pytest.raises(UserError, match="expected finite numbers"):
+        to_pictures(frames)
+
+
+def test_percentiles_are_over_frames():
+    """Two chunks, of 1 and 3 frames: the median frame belongs to the larger one."""
+    timings = Timings()
+    timings.add_chunk(busy_s=0.1, wall_s=0.2, num_frames=1)
+    timings.add_chunk(busy_s=0.03, wall_s=0.06, num_frames=3)
+    assert timings.frame_ms(50) == pytest.approx(10) and timings.frame_ms(50, "wall") == pytest.approx(20)
+    assert timings.frame_ms(100) == pytest.approx(100) and timings.num_frames == 4
+    assert timings.last_frame_ms == pytest.approx(20)

@@ -1,0 +1,152 @@
+"""Conditions in pieces equal conditions at once; the training's mask and the deployed cache mean the same."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from runtime_oracle import relative_error
+
+from factorportrait.export.checkpoint import load_checkpoint
+from factorportrait.export.models.expression import ExpressionController
+from factorportrait.export.models.factorportrait import ClipConditions, stream_mask
+from factorportrait.runtime.conditions import ConditionBuilder, Group
+from factorportrait.runtime.loop import ChunkConditions, Denoiser
+from factorportrait.runtime.schedule import NoiseSource, constant_guidance, flow_schedule
+from factorportrait.runtime.session import STAGES, open_bundle
+from factorportrait.runtime.timing import Timings
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_bundle):
+    return open_bundle(tiny_bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return load_checkpoint(tiny_checkpoint).eval()
+
+
+def runners(opened):
+    return {name: opened.engine.load(opened.bundle.stage(name)) for name in STAGES}
+
+
+def make_builder(opened):
+    neutral = opened.bundle.constants()["neutral_code"]
+    return ConditionBuilder(opened.config, runners(opened), constant_guidance({}, 1), neutral, Timings())
+
+
+def random_groups(config, count, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    h, w = config.latent_height, config.latent_width
+    return [
+        Group(normal(1, 4, config.expression.code_dim), normal(config.fusion.ray_channels, h, w), normal(16, h, w))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [2, 2, 3], [3, 3, 1], [1, 5, 1]])
+def test_chunked_conditions_equal_the_whole_clip(opened, model, sizes):
+    """The runtime carries the aggregator's state from chunk to chunk; torch sees all codes at once."""
+    groups = random_groups(opened.config, sum(sizes))
+    builder, chunks, first = make_builder(opened), [], 0
+    for size in sizes:
+        chunks.append(builder.chunk(groups[first : first + size], first))
+        first += size
+    modulation = np.concatenate([chunk.modulation[0] for chunk in chunks], axis=1)
+    tokens = np.concatenate([chunk.tokens[0] for chunk in chunks], axis=1)
+    with torch.no_grad():
+        codes = torch.from_numpy(np.concatenate([group.codes for group in groups], axis=1))
+        expected = model.clip_modulation(codes)[:, 1:]
+        pose = torch.from_numpy(np.stack([group.pose_latents for group in groups], axis=1)[None])
+        rays = torch.from_numpy(np.stack([group.rays for group in groups], axis=1)[None])
+        expected_tokens = model.dit.embed_conditions(torch.zeros_like(pose), rays, pose)
+    assert relative_error(modulation, expected) <= 1e-4
+    assert relative_error(tokens, expected_tokens) <= 1e-4
+
+
+def test_state_matters(opened):
+    """A check of the check: without the state of the chunk before, the modulation is another one."""
+    groups = random_groups(opened.config, 4)
+    whole = make_builder(opened).chunk(groups, 0).modulation[0]
+    alone = make_builder(opened).chunk(groups[2:], 2).modulation[0]
+    assert relative_error(alone, whole[:, 2:]) > 1e-2
+
+
+@pytest.mark.parametrize("aggregator", ["causal_conv", "window", "mean"])
+def test_every_aggregator_streams(tiny_config, aggregator):
+    config = dataclasses.replace(tiny_config.expression, aggregator=aggregator)
+    torch.manual_seed(0)
+    controller = ExpressionController(config, 24).eval()
+    codes = torch.randn(2, 4 * 6, config.code_dim)
+    with torch.no_grad():
+        whole, _ = controller(codes, controller.initial_state(codes[:, 0]))
+        state, parts = controller.initial_state(codes[:, 0]), []
+        for part in codes.split([4, 12, 8], dim=1):
+            modulation, state = controller(part, state)
+            parts.append(modulation)
+    assert whole.shape == (2, 6, 6, 24)
+    assert relative_error(torch.cat(parts, dim=1), whole) <= 1e-5
+
+
+def test_causal_aggregator_is_a_padded_convolution(tiny_config):
+    """The definition: two convolutions of 3 with stride 2 over 1 + 4 (N - 1) codes, both padded by repeating the first value."""
+    controller = ExpressionController(tiny_config.expression, 24).eval()
+    codes = torch.randn(1, 13, tiny_config.expression.code_dim)
+    grouped = torch.cat([codes[:, :1].expand(-1, 4, -1), codes[:, 1:]], dim=1)
+    with torch.no_grad():
+        found, _ = controller(grouped, controller.initial_state(codes[:, 0]))
+        x = codes.transpose(1, 2)
+        for convolution in (controller.conv1, controller.conv2):
+            x = convolution(torch.nn.functional.pad(x, (2, 0), mode="replicate"))
+            x = torch.nn.functional.silu(x) if convolution is controller.conv1 else x
+        expected = controller.projection(x.transpose(1, 2)).unflatten(-1, (6, -1))
+    assert found.shape == (1, 4, 6, 24)
+    assert relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [1, 2, 2], [1, 1, 1]])
+def test_training_mask_equals_the_deployed_cache(opened, model, sizes):
+    """`predict_clip` under `stream_mask`, past chunks clean at timestep 0, predicts what the cached stream does."""
+    config, window = opened.config, 5
+    rng = np.random.default_rng(4)
+    frames = sum(sizes)
+    h, w = config.latent_height, config.latent_width
+    conditions = ClipConditions(
+        reference_latents=torch.from_numpy(rng.standard_normal((1, 16, 1, h, w)).astype(np.float32)),
+        pose_latents=torch.from_numpy(rng.standard_normal((1, 16, frames, h, w)).astype(np.float32)),
+        rays=torch.from_numpy(rng.standard_normal((1, 24, frames, h, w)).astype(np.float32)),
+        expression_modulation=torch.from_numpy(0.3 * rng.standard_normal((1, 1 + frames, 6, 64)).astype(np.float32)),
+    )
+    with torch.no_grad():
+        tokens = model.clip_condition_tokens(conditions).numpy()
+    modulation = conditions.expression_modulation.numpy()
+    schedule, guidance = flow_schedule(1, 1.0), constant_guidance({}, 1)
+    noise = NoiseSource(7, (16, h, w))
+    load = runners(opened)
+    denoiser = Denoiser(
+        load["dit"], load["time_embed"], schedule, guidance, noise,
+        mode="stream", chunk_frames=max(sizes), window_frames=window, timings=Timings(),
+    )  # fmt: skip
+    denoiser.set_reference([tokens[:, :1]], [modulation[:, :1]])
+    clean, first = [], 0
+    for size in sizes:
+        slots = slice(1 + first, 1 + first + size)
+        chunk = ChunkConditions(first, [tokens[:, slots].copy()], [modulation[:, slots].copy()])
+        clean.append(denoiser.generate(chunk).copy())
+        first += size
+    last = sizes[-1]
+    start = noise.draw(frames - last, last, 0, np.zeros((1, 16, last, h, w), np.float32))
+    latents = torch.from_numpy(np.concatenate([*clean[:-1], start], axis=2))
+    timesteps = torch.zeros(1, frames)
+    timesteps[:, frames - last :] = 1000.0
+    mask = stream_mask(sizes, window, config.tokens_per_frame)
+    with torch.no_grad():
+        velocity = model.predict_clip(latents, timesteps, conditions, mask)[:, :, frames - last :]
+    assert relative_error(clean[-1], start - velocity.numpy()) <= 1e-4
