@@ -36,11 +36,15 @@ def default_camera(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class PoseTrack:
-    """Where the head is: vertices per frame to be rendered, or normal maps that are rendered already."""
+    """Where the head is: vertices per frame to be rendered, or normal maps that are rendered already.
+
+    baked: (rate of the file, (height, width)) of the normal maps.
+    """
 
     items: Stream
     faces: np.ndarray | None
     description: str
+    baked: tuple[Fraction, tuple[int, int]] | None = None
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Driving:
     Attributes:
         fps: exact output rate.
         num_frames: length where it is known.
-        sound: file whose sound belongs to the expression.
+        sound: file whose sound belongs to the expression; None where there is none, or where `freeze` holds the expression.
         notes: what was assumed, one line each; command lines print them.
     """
 
@@ -79,8 +83,8 @@ def open_inputs(
     """Open the sources of a run.
 
     Args:
-        driving: gives whatever the other arguments do not: expression, pose and camera.
-        expression_from, pose_from: other sources for these two.
+        driving: gives whatever the other arguments do not: expression, pose and camera. Without a pose the head is still.
+        expression_from, pose_from: other sources for these two; `pose_from` has to have a pose.
         camera: preset or file; see `factorportrait.runtime.media.camera.open_camera`.
         fps: of the output; None takes the rate of the expression's source. Sources with another rate are resampled; a camera file
             named by `camera` has one camera per output frame.
@@ -98,6 +102,12 @@ def open_inputs(
             "no expression to follow", expected="a video, frames or an ARKit .csv", found="none",
             action="give --driving or --expression-from",
         )  # fmt: skip
+    if expression.clip.video is not None and expression.clip.coefficients is not None:
+        table_name, video_name = expression.clip.coefficients.path.name, expression.clip.video.path.name
+        sound = " and gives the sound" if expression.clip.sound is not None else ""
+        notes.append(
+            f"the expression comes from {table_name} of {expression.clip.path}; {video_name} beside it is only shown{sound}"
+        )
     rate = fps or expression.own_fps or Fraction(config.fps).limit_denominator(1001)
     if fps is None and not 0.8 <= rate / Fraction(config.fps) <= 1.25:
         notes.append(
@@ -107,7 +117,7 @@ def open_inputs(
     # Every source comes at the output's rate: a pose tracked at 25 frames a second goes with an expression filmed at 30.
     main = _open(driving, rate)
     pose_source = _open(pose_from, rate) or main or expression
-    pose = _pose_track(bundle, pose_source, rate, fit, notes)
+    pose = _pose_track(bundle, pose_source, rate, fit, notes, explicit=pose_from is not None)
     path = _camera_path(config, camera, pose_source, main, pose, rate, fit, notes)
     return _combine(config, expression.clip, pose, path, rate, num_frames, driving_crop, notes)
 
@@ -127,7 +137,10 @@ def _open(path: str | Path | None, fps: Fraction | None) -> _Source | None:
     return _Source(clip if fps in (None, clip.fps) else open_driving(path, fps), clip.fps)
 
 
-def _pose_track(bundle: Bundle, source: _Source, fps: Fraction, fit: str, notes: list[str]) -> PoseTrack:
+def _pose_track(
+    bundle: Bundle, source: _Source, fps: Fraction, fit: str, notes: list[str], explicit: bool
+) -> PoseTrack:
+    """The pose of a source. Without one: a still head with a note, or UserError where the source was `explicit`ly named."""
     config, clip = bundle.config, source.clip
     if clip.mesh is not None:
         mesh = open_mesh(clip.mesh)
@@ -135,15 +148,27 @@ def _pose_track(bundle: Bundle, source: _Source, fps: Fraction, fit: str, notes:
         return PoseTrack(Stream("pose", items, items.num_frames), mesh.faces, f"mesh {clip.mesh}")
     if clip.normals is not None:
         video = NormalVideo(clip.normals, config.height, config.width, fps, fit)
-        return PoseTrack(Stream("pose", video, video.num_frames), None, f"normal maps {clip.normals}")
+        baked = VideoSource(clip.normals).fps, (video.height, video.width)
+        return PoseTrack(Stream("pose", video, video.num_frames), None, f"normal maps {clip.normals}", baked)
+    table = clip.coefficients
+    has_angles = table is not None and table.head_rotation is not None
+    if explicit and not has_angles:
+        kind = "coefficients without head angles" if table is not None else "pictures only"
+        raise UserError(
+            f"--pose-from {clip.path} has no pose",
+            expected="a mesh (.npz, .obj, a folder of .obj), a .csv with head angles, or a folder with mesh.npz, or with "
+            "normals.mp4 and cameras.json",
+            found=kind if table is not None or clip.video is not None else "a camera only",
+            action="put a video of normal maps into a folder as normals.mp4 beside its cameras.json; "
+            "leave --pose-from out for a still head",
+        )  # fmt: skip
     if "head.npz" not in bundle.manifest.files:
         raise UserError(
             f"{clip.path} has no pose", expected="a mesh, normal maps, or a bundle with head.npz to pose", found="none",
             action="give --pose-from a folder with mesh.npz or normals.mp4",
         )  # fmt: skip
     head = PosedHead(bundle.file("head.npz"))
-    table = clip.coefficients
-    if table is not None and table.head_rotation is not None:
+    if has_angles:
         rotations = _Mapped(table.head_rotation, head.vertices)
         return PoseTrack(Stream("pose", rotations, len(table.head_rotation)), head.faces, f"head angles of {clip.path}")
     notes.append(f"{clip.path} says nothing about the pose of the head: it stays still (--pose-from gives one)")
@@ -172,19 +197,19 @@ def _camera_path(
     notes: list[str],
 ) -> CameraPath:
     """The camera that was asked for, else the one that goes with the pose or the driving, else a static frontal one."""
-    own_fps = None
-    if pose.faces is None:
+    own_fps, video_size = None, None
+    if pose.baked is not None:
         if camera is not None:
             raise UserError(
                 f"--camera {camera} with {pose.description}", expected="the camera that the normal maps were rendered with",
                 found="another one", action="leave --camera out, or bring mesh.npz, which can be seen from anywhere",
             )  # fmt: skip
-        camera, own_fps = pose_source.clip.cameras, VideoSource(pose_source.clip.normals).fps
+        camera, (own_fps, video_size) = pose_source.clip.cameras, pose.baked
     elif camera is None:
         with_camera = (source for source in (main, pose_source) if source is not None and source.clip.cameras)
         found = next(with_camera, None)
         camera, own_fps = (found.clip.cameras, found.own_fps) if found else ("static", None)
-    path = open_camera(camera, config.height, config.width, *default_camera(config), fps=fps, fit=fit)
+    path = open_camera(camera, config.height, config.width, *default_camera(config), fps, fit, video_size)
     if own_fps not in (None, fps):
         path = path.resampled(own_fps, fps)
     notes.append(f"pose: {pose.description}; camera: {path.name}")
@@ -201,9 +226,11 @@ def _combine(
     driving_crop: Box | None,
     notes: list[str],
 ) -> Driving:
-    table = expression.coefficients if expression.video is None else None
-    source = table if table is not None else expression.video
+    table, video = expression.coefficients, expression.video
+    source = table if table is not None else video
     streams = [Stream("expression", source, expression.num_frames), pose.items, Stream("camera", path, end="hold")]
+    if table is not None and video is not None:
+        streams.append(Stream("picture", video, video.num_frames, end="hold"))
     combined = Combined(streams, num_frames)
     length = combined.num_frames
     renderer = NormalRenderer(config.height, config.width, supersample=2) if pose.faces is not None else None
@@ -217,10 +244,9 @@ def _combine(
             seen = first if path.freeze else items
             K, c2w = items["camera"]
             normals = seen["pose"] if renderer is None else cache(seen["pose"], K, c2w)
-            if table is not None:
-                yield DrivingFrame(normals, K, c2w, coefficients=seen["expression"])
-            else:
-                yield DrivingFrame(normals, K, c2w, image=square_crop(seen["expression"], side, driving_crop))
+            picture = seen["expression"] if table is None else seen.get("picture")
+            image = None if picture is None else square_crop(picture, side, driving_crop)
+            yield DrivingFrame(normals, K, c2w, image, None if table is None else seen["expression"])
 
     if (
         expression.num_frames is not None
@@ -229,6 +255,11 @@ def _combine(
         and num_frames is None
     ):
         notes.append(f"the shortest source decides: {length} of {expression.num_frames} frames")
+    if path.num_frames is not None and length is not None and path.num_frames < length:
+        have = "1 camera" if path.num_frames == 1 else f"{path.num_frames} cameras"
+        notes.append(f"{path.name} has {have} for {length} frames: the last one is held")
+    if path.freeze and expression.sound is not None:
+        notes.append(f"camera {path.name} holds the expression, so the sound of {expression.sound} is left out")
     return Driving(fps, length, None if path.freeze else expression.sound, notes, frames)
 
 

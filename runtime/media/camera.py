@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 # Of a rotation written with 5 digits or more.
 RIGID_TOLERANCE = 1e-3
+ASPECT_TOLERANCE = 0.02
 DEFAULT_ORBIT_DEGREES = 30.0
 DEFAULT_DOLLY_FACTOR = 0.8
 DEFAULT_PERIOD_S = 4.0
@@ -49,7 +50,7 @@ class CameraPath:
     """A camera for every frame index, without end: files hold their last camera and are cut where the clip ends.
 
     freeze: pose and expression hold their first frame while the camera moves.
-    num_frames: how many cameras the file has; None for presets.
+    num_frames: for how many output frames the file has cameras; None for presets.
     """
 
     name: str
@@ -63,7 +64,8 @@ class CameraPath:
         def at(index: np.ndarray) -> Cameras:
             return self.at(np.array([source_index(int(i), source_fps, fps) for i in index], np.int64))
 
-        return replace(self, at=at)
+        count = None if self.num_frames is None else max(1, math.ceil(self.num_frames * fps / source_fps))
+        return replace(self, at=at, num_frames=count)
 
     def cameras(self, start: int, count: int) -> Cameras:
         """Cameras [count] of frames start..start+count-1."""
@@ -86,6 +88,7 @@ def open_camera(
     default_c2w: np.ndarray,
     fps: Fraction,
     fit: str = "crop",
+    video_size: tuple[int, int] | None = None,
 ) -> CameraPath:
     """A preset or a camera file -> CameraPath in pixels of height x width.
 
@@ -99,6 +102,7 @@ def open_camera(
     Args:
         default_K, default_c2w: [3,3] in pixels of the output and [4,4], from the bundle.
         fps: frame rate of the output; presets move in seconds.
+        video_size: see `load_cameras`.
 
     Raises:
         MediaError: an unknown preset, a missing file, or anything that `load_cameras` refuses.
@@ -115,7 +119,7 @@ def open_camera(
                 expected="static, orbit:30, dolly:0.8, freeze:30 or a .json file",
                 action=f"did you mean {near[0]}?" if near else "check --camera",
             )
-        cameras = load_cameras(text, height, width, fit)
+        cameras = load_cameras(text, height, width, fit, video_size)
         last = len(cameras) - 1
 
         def hold(index: np.ndarray) -> Cameras:
@@ -190,7 +194,13 @@ def _rotations_y(angles: np.ndarray) -> np.ndarray:
     return turn
 
 
-def load_cameras(path: str | os.PathLike, height: int, width: int, fit: str = "crop") -> Cameras:
+def load_cameras(
+    path: str | os.PathLike,
+    height: int,
+    width: int,
+    fit: str = "crop",
+    video_size: tuple[int, int] | None = None,
+) -> Cameras:
     """A camera file -> Cameras for an output of height x width.
 
     Two formats. Ours:
@@ -202,11 +212,14 @@ def load_cameras(path: str | os.PathLike, height: int, width: int, fit: str = "c
 
     Intrinsics are in pixels of the file's width x height and are moved like a frame of that size (see `Fit`): one scale
     for both directions, the centre cut or padded, so an off-centre principal point stays where it was in the picture.
-    Without a size in a file that has only camera_angle_x, the size of the output is taken.
+    Without a size in a file that has only camera_angle_x, the size of the video or else of the output is taken.
+
+    video_size: (height, width) of the video that was rendered with these cameras. It may have been scaled since, so
+    only the aspect ratio has to be the file's.
 
     Raises:
         MediaError: naming the frame index: NaN, a matrix that is singular, mirrored, scaled or sheared, a focal length
-            that is not positive, a missing key.
+            that is not positive, a missing key, another aspect ratio than that of `video_size`.
     """
     path = Path(path)
     data = _read_json(path)
@@ -235,8 +248,9 @@ def load_cameras(path: str | os.PathLike, height: int, width: int, fit: str = "c
         c2w = _matrix(where, frame, "transform_matrix" if nerfstudio else "c2w", 4)
         poses.append(c2w_from_opengl(c2w) if nerfstudio else c2w)
         check_pose(where, poses[-1])
-        K, size = _intrinsics(where, data, frame, nerfstudio, height, width)
+        K, size = _intrinsics(where, data, frame, nerfstudio, *(video_size or (height, width)))
         check_intrinsics(where, K)
+        _check_aspect(where, size, video_size)
         Ks.append(Fit.between(size[0], size[1], height, width, fit).intrinsics(K))
     return Cameras(np.stack(Ks), np.stack(poses))
 
@@ -323,6 +337,21 @@ def _read_json(path: Path) -> dict:
             f"camera file {path}", expected="a JSON object", found=type(data).__name__, action="check the file"
         )
     return data
+
+
+def _check_aspect(where: str, size: tuple[int, int], video_size: tuple[int, int] | None) -> None:
+    """MediaError when the cameras of a file of `size` (height, width) cannot be those of a video of `video_size`."""
+    if video_size is None:
+        return
+    aspect, video_aspect = size[1] / size[0], video_size[1] / video_size[0]
+    # Codecs need even sizes: 101x67 comes as 102x68.
+    if abs(aspect / video_aspect - 1) > ASPECT_TOLERANCE:
+        raise MediaError(
+            f"{where}: aspect ratio",
+            expected=f"that of the video it was rendered with, {video_size[1]}x{video_size[0]}",
+            found=f"{size[1]}x{size[0]}",
+            action="write the size that the focal length refers to, or render the video again",
+        )
 
 
 def _check_nerfstudio(path: Path, data: dict) -> None:

@@ -49,33 +49,46 @@ COMMON_RATES = tuple(
 LIVE_LINK_FPS = Fraction(60)
 
 
+# What a rate may look like as text. Fraction also takes "1e999999999", and computes it.
+RATE_TEXT = re.compile(r"\d{1,9}(\.\d{0,30})?|\.\d{1,30}|\d{1,9}/\d{1,9}", re.ASCII)
+
+
 def parse_fps(value: Fraction | int | float | str) -> Fraction:
     """A frame rate, exactly: Fractions and "30000/1001" as they are; 29.97 and 23.976 become the NTSC rates they mean.
 
+    Text from a command line belongs here as it is: `Fraction("29.97")` is 2997/100 and is taken at its word.
     MediaError when it is not a number above 0 and at most 1000.
     """
+    expected = "a rate above 0, at most 1000, such as 25, 29.97 or 30000/1001"
+    shown = repr(value if len(str(value)) <= 40 else f"{str(value)[:40]}...") if isinstance(value, str) else f"{value}"
+    refusal = MediaError(f"frame rate {shown}", expected=expected, action="check --fps")
+    if isinstance(value, str) and not RATE_TEXT.fullmatch(value.strip()):
+        raise refusal
     try:
         exact = Fraction(value)
     except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
-        raise MediaError(f"frame rate {value!r}", expected="e.g. 25 or 30000/1001", action="check --fps") from error
+        raise refusal from error
     if not 0 < exact <= 1000:
-        raise MediaError(f"frame rate {value}", expected="a rate above 0, at most 1000", action="check --fps")
-    if exact.denominator <= 1001:
-        nearest = min(COMMON_RATES, key=lambda rate: abs(rate - exact))
-        written_short = not isinstance(value, Fraction) and "/" not in str(value)
-        return nearest if written_short and abs(nearest / exact - 1) < Fraction(1, 5000) else exact
+        raise refusal
     nearest = min(COMMON_RATES, key=lambda rate: abs(rate - exact))
-    return nearest if abs(nearest / exact - 1) < Fraction(1, 5000) else exact.limit_denominator(1001)
+    written_short = not isinstance(value, Fraction) and "/" not in str(value)
+    if (written_short or exact.denominator > 1001) and abs(nearest / exact - 1) < Fraction(1, 5000):
+        return nearest
+    rate = exact.limit_denominator(1001)
+    if rate == 0:
+        raise refusal
+    return rate
 
 
 @dataclass(frozen=True)
 class DrivingClip:
     """What a driving path holds. Paths are opened by their own readers, which need the output size.
 
-    video: frames for the expression encoder; coefficients: ARKit rows instead. mesh: for `open_mesh`; normals: for
-    `NormalVideo`, always with cameras; cameras: for `open_camera`; sound: the file whose sound goes with it.
-    fps: frame rate of the clip, None when nothing says (a frame folder, a mesh).
-    num_frames: the shortest known length.
+    coefficients: ARKit rows, the expression where they are there; video: frames for the expression encoder, or only
+    to be shown where there are coefficients. mesh: for `open_mesh`; normals: for `NormalVideo`, always with cameras;
+    cameras: for `open_camera`; sound: the file whose sound goes with it.
+    fps: frame rate of the clip (of the video where there is one), None when nothing says (a frame folder, a mesh).
+    num_frames: length of the expression; without one, of the normals; None for a mesh, whose reader knows.
     """
 
     path: Path
@@ -92,10 +105,11 @@ class DrivingClip:
 def open_driving(path: str | os.PathLike, fps: Fraction | None = None) -> DrivingClip:
     """A driving path of any kind -> DrivingClip.
 
-    A video file; a .csv of Live Link Face; a mesh .npz; a folder of pictures; or a clip folder with any of
+    A video file; a .csv of Live Link Face; a mesh .npz or .obj; a folder of .obj files, one per frame (pictures beside
+    them are taken for textures); a folder of pictures; or a clip folder with any of
         video.mp4 (or .mov .mkv .webm .avi, or a folder frames/)    expression, and the sound
-        coefficients.csv                                            expression
-        mesh.npz or mesh/*.obj                                      pose
+        coefficients.csv                                            expression; wins over a video, which is then shown only
+        mesh.npz, mesh.obj or mesh/*.obj                            pose
         normals.mp4 with cameras.json                               pose and camera, baked
         cameras.json or transforms.json                             camera
 
@@ -110,36 +124,42 @@ def open_driving(path: str | os.PathLike, fps: Fraction | None = None) -> Drivin
         return _open_folder(path, fps)
     if not path.exists():
         raise MediaError(
-            f"driving {path}", expected="a video, a .csv or a folder", found="no such file", action="check --driving"
+            f"driving {path}",
+            expected="a video, a .csv, a mesh (.npz, .obj) or a folder",
+            found="no such file",
+            action="check --driving",
         )
     if path.suffix.lower() == ".csv":
         table = read_arkit_csv(path, fps)
         return DrivingClip(path, table.fps, table.num_frames, coefficients=table)
-    if path.suffix.lower() == ".npz":
+    if path.suffix.lower() in (".npz", ".obj"):
         return DrivingClip(path, fps, None, mesh=path)
     video = VideoSource(path, fps)
     return DrivingClip(path, video.fps, video.num_frames, video=video, sound=path if video.has_sound else None)
 
 
 def _open_folder(path: Path, fps: Fraction | None) -> DrivingClip:
-    names = {entry.name.lower(): entry for entry in path.iterdir()}
+    # Hidden files are not the user's: macOS puts ._m0.obj beside m0.obj on foreign disks.
+    names = {entry.name.lower(): entry for entry in path.iterdir() if not entry.name.startswith(".")}
 
     def first(stem: str, suffixes: tuple[str, ...]) -> Path | None:
         return next((names[stem + suffix] for suffix in suffixes if stem + suffix in names), None)
 
     video_path, normals = first("video", VIDEO_SUFFIXES), first("normals", VIDEO_SUFFIXES)
     table_path = first("coefficients", (".csv",))
-    mesh = first("mesh", (".npz", ""))
+    mesh = first("mesh", (".npz", ".obj", ""))
     cameras = first("cameras", (".json",)) or first("transforms", (".json",))
     frames = names.get("frames")
     if not any((video_path, normals, table_path, mesh, frames, cameras)):
+        if any(entry.suffix.lower() == ".obj" for entry in names.values()):
+            return DrivingClip(path, fps, None, mesh=path)
         if any(entry.suffix.lower() in PICTURE_SUFFIXES for entry in names.values()):
             folder = FrameFolder(path, fps)
             return DrivingClip(path, fps, folder.num_frames, video=folder)
         found = ", ".join(sorted(names)[:4]) or "an empty folder"
         raise MediaError(
             f"driving folder {path}",
-            expected="pictures, or video.mp4, coefficients.csv, mesh.npz, mesh/, normals.mp4 with cameras.json",
+            expected="pictures, .obj files, or video.mp4, coefficients.csv, mesh.npz, mesh/, normals.mp4 with cameras.json",
             found=found,
             action="check --driving",
         )
@@ -152,17 +172,17 @@ def _open_folder(path: Path, fps: Fraction | None) -> DrivingClip:
     video = VideoSource(video_path, fps) if video_path else FrameFolder(frames, fps) if frames else None
     table = read_arkit_csv(table_path, fps) if table_path else None
     rates = [source.fps for source in (video, table) if source is not None and source.fps is not None]
-    lengths = [source.num_frames for source in (video, table) if source is not None]
-    if not rates and normals:
-        baked = VideoSource(normals, fps)
-        rates, lengths = [baked.fps], [*lengths, baked.num_frames]
-    if table is not None and fps is None and rates and table.fps != rates[0]:
+    baked = VideoSource(normals, fps) if not rates and normals else None
+    if baked is not None:
+        rates = [baked.fps]
+    if table is not None and fps is None and table.fps != rates[0]:
         table = read_arkit_csv(table_path, rates[0])
-        lengths[-1] = table.num_frames
+    # The table decides the length even where it is longer than the video: the video is only shown then.
+    length_from = next((source for source in (table, video, baked) if source is not None), None)
     return DrivingClip(
         path=path,
         fps=rates[0] if rates else fps,
-        num_frames=min(lengths) if lengths else None,
+        num_frames=None if length_from is None else length_from.num_frames,
         video=video,
         coefficients=table,
         mesh=mesh,
@@ -202,6 +222,8 @@ class VideoSource:
             declared = [rate for rate in (stream.guessed_rate, stream.average_rate, stream.base_rate) if rate]
         # float64 seconds, only for comparisons; rates and counts below stay rational.
         self.start_s = times[0]
+        # One for all frames: a frame's own would set up its scaler anew every time.
+        self._reformatter = av.video.reformatter.VideoReformatter()
         seconds = np.array([float(time - times[0]) for time in times])
         rate = next((rate for rate in declared if self._fits(seconds, rate)), None)
         self.is_constant = rate is not None
@@ -275,8 +297,8 @@ class VideoSource:
         matrix = "ITU709" if bt709 else "ITU601" if frame.colorspace in (2, 5, 6) else None
         # For RGB the second matrix means nothing, but PyAV before 18 ignores the first when both are equal.
         other = "ITU601" if bt709 else "ITU709"
-        image = frame.reformat(
-            width=width, format="rgb24", src_colorspace=matrix, dst_colorspace=other, interpolation="BICUBIC"
+        image = self._reformatter.reformat(
+            frame, width=width, format="rgb24", src_colorspace=matrix, dst_colorspace=other, interpolation="BICUBIC"
         ).to_ndarray()
         turn = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
         if turn is not None:

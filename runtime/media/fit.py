@@ -146,5 +146,5 @@ def _resample(image: np.ndarray, height: int, width: int, box: tuple[float, floa
 def natural_key(path: str | Path) -> list:
     """Sort key under which frame2 comes before frame10."""
     return [
-        (1, int(part), "") if part.isdigit() else (0, 0, part.lower()) for part in re.split(r"(\d+)", Path(path).name)
+        (1, int(part), "") if part.isdecimal() else (0, 0, part.lower()) for part in re.split(r"(\d+)", Path(path).name)
     ]

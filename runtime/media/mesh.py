@@ -107,7 +107,8 @@ class MeshObjFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if self.path.is_dir():
-            self.files = sorted((f for f in self.path.iterdir() if f.suffix.lower() == ".obj"), key=natural_key)
+            files = (f for f in self.path.iterdir() if f.suffix.lower() == ".obj" and not f.name.startswith("."))
+            self.files = sorted(files, key=natural_key)
         else:
             self.files = [self.path]
         if not self.files or not self.files[0].is_file():

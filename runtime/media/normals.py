@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -37,15 +39,9 @@ class NormalRenderer:
             raise UserError(
                 "rendering a mesh needs NVIDIA Warp",
                 found="no package warp-lang",
-                action='run: pip install "factorportrait[mesh]"',
+                action='run: pip install "factorportrait[mesh]" (in a checkout: pip install -e ".[mesh]")',
             ) from error
-        # Standard output belongs to the program. Older versions know `quiet`, newer ones `log_level`.
-        if hasattr(wp.config, "log_level"):
-            wp.config.log_level = max(wp.config.log_level, wp.LOG_WARNING)
-        else:
-            wp.config.quiet = True
-        with _native_stderr_closed(device == "cpu"):
-            wp.init()
+        _init_warp()
         try:
             self._device = wp.get_device(device)
         except (ValueError, RuntimeError) as error:
@@ -114,12 +110,32 @@ class NormalRenderer:
         self._faces = faces.copy()
 
 
+@functools.cache
+def _init_warp() -> None:
+    """Start Warp, once per process, without its greetings; what a CUDA driver has to say is let through."""
+    import warp as wp
+
+    # Standard output belongs to the program. Older versions know `quiet`, newer ones `log_level`.
+    if hasattr(wp.config, "log_level"):
+        wp.config.log_level = max(wp.config.log_level, wp.LOG_WARNING)
+    else:
+        wp.config.quiet = True
+    with contextlib.nullcontext() if _has_cuda_driver() else _native_stderr_closed():
+        wp.init()
+
+
+def _has_cuda_driver() -> bool:
+    """Whether the library that comes with NVIDIA's driver can be loaded."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def _native_stderr_closed(closed: bool) -> Iterator[None]:
-    """Warp's library says on stderr, past Python, that there is no CUDA driver; who renders on the CPU did not ask."""
-    if not closed:
-        yield
-        return
+def _native_stderr_closed() -> Iterator[None]:
+    """Nothing reaches file descriptor 2: without a driver Warp's library says so there, past Python."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -138,7 +154,7 @@ class NormalVideo:
     Fitted like every frame (see `Fit`), so the camera file of the same size stays in step. Frames are checked to be
     normal maps in the first frame: unit vectors that face the viewer.
 
-    Attributes: fps, num_frames as in VideoSource.
+    Attributes: fps, num_frames as in VideoSource; height, width: of the file.
 
     Raises:
         MediaError: what VideoSource refuses, or a first frame that is no normal map.
@@ -149,6 +165,7 @@ class NormalVideo:
     ):
         self._video = VideoSource(path, fps)
         self.path, self.fps, self.num_frames = self._video.path, self._video.fps, self._video.num_frames
+        self.height, self.width = self._video.height, self._video.width
         self._fit = Fit.between(self._video.height, self._video.width, height, width, fit)
         first = next(iter(self._video))
         covered = first.max(axis=-1) > 64

@@ -20,7 +20,7 @@ from PIL import Image
 from factorportrait.errors import MediaError, UserError
 from factorportrait.files import part_path, write_error
 from factorportrait.runtime.media.driving import parse_fps
-from factorportrait.runtime.media.fit import resize
+from factorportrait.runtime.media.fit import Fit
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class VideoWriter:
     While frames come they go into a hidden `.part` file beside `path` that is playable at any moment (fragmented mp4,
     or mkv, webm). `close()` copies its packets, without encoding again, into a plain file with the index in front
     and adds the sound; only that gets the final name. After KeyboardInterrupt what was rendered is kept under the final name as
-    well; after any other exception under `<stem>.partial<suffix>`, and nothing else is left.
+    well; after any other exception under `<stem>.partial<suffix>`, and nothing else is left. A `UserError` that passes
+    through says at its end what was kept; other exceptions, which say nothing to a user, leave that to the log.
 
     Sound: the first audio stream of `audio_from`, cut to the length of the video and kept at its place in time: copied
     where the container allows, otherwise AAC (.webm: Opus). The same frames give the same bytes.
@@ -123,9 +124,17 @@ class VideoWriter:
         try:
             self._finish(target)
         except (UserError, OSError) as second:
-            log.warning("what was rendered could not be kept: %s", second)
+            outcome = f"what was rendered could not be kept: {second}"
         else:
-            log.warning("kept the first %d frames in %s", self.num_frames, target)
+            frames = "the first frame is" if self.num_frames == 1 else f"the first {self.num_frames} frames are"
+            outcome = f"{frames} kept in {target}"
+        if isinstance(error, UserError):
+            # One line for one problem: the caller prints the error and nothing else.
+            error.action = f"{error.action}; {outcome}" if error.action else outcome
+            error.args = (" ".join(f"{error}; {outcome}".split()),)
+            log.info("%s", outcome)
+        else:
+            log.warning("%s", outcome)
 
     def write(self, frame: np.ndarray) -> None:
         """Append one frame, uint8 RGB [height,width,3]."""
@@ -421,21 +430,16 @@ def even(frame: np.ndarray) -> np.ndarray:
 
 
 def compose_side_by_side(reference: np.ndarray, driving: np.ndarray, output: np.ndarray) -> np.ndarray:
-    """Three uint8 pictures [h,w,3] -> one [H,W,3], left to right, all at the height of `output`, aspect ratios kept.
+    """Three uint8 pictures [h,w,3] -> one [H,3*W,3], left to right without a gap, where `output` is [H,W,3].
 
-    No gap between them; one black column at the right end when the width would be odd.
+    Every panel has the size of `output`. The other two are scaled until all of them is visible, never stretched, with
+    black bars where their aspect ratio differs: a square face crop in a portrait format gets one above and one below.
     """
-    height = output.shape[0]
-    parts = [
-        part
-        if part.shape[0] == height
-        else resize(part, (height, max(1, round(part.shape[1] * height / part.shape[0]))))
-        for part in (reference, driving, output)
+    height, width = output.shape[:2]
+    panels = [
+        Fit.between(part.shape[0], part.shape[1], height, width, "pad").apply(part) for part in (reference, driving)
     ]
-    width = sum(part.shape[1] for part in parts)
-    if width % 2:
-        parts.append(np.zeros((height, 1, 3), np.uint8))
-    return np.concatenate(parts, axis=1)
+    return np.concatenate([*panels, output], axis=1)
 
 
 def contact_sheet(frames: Sequence[np.ndarray], columns: int) -> np.ndarray:

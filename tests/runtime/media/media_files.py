@@ -99,6 +99,17 @@ def sphere(rings: int = 64, segments: int = 96, radius: float = 0.1) -> tuple[np
     return vertices.reshape(-1, 3).astype(np.float32), faces.reshape(-1, 3).astype(np.int32)
 
 
+def write_obj_sequence(folder: Path, count: int) -> Path:
+    """`count` spheres m0.obj, m1.obj, ... that move by 1 cm to the subject's left per frame."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vertices, faces = sphere(12, 16)
+    corners = "".join(f"f {a} {b} {c}\n" for a, b, c in faces + 1)
+    for index in range(count):
+        points = "".join(f"v {x:.6f} {y:.6f} {z:.6f}\n" for x, y, z in vertices + [0.01 * index, 0, 0])
+        (folder / f"m{index}.obj").write_text(points + corners)
+    return folder
+
+
 def frontal(distance: float = 0.6) -> np.ndarray:
     """c2w [4,4] of a camera on the +z axis that looks at the origin."""
     c2w = np.diag([1.0, -1.0, -1.0, 1.0])

@@ -192,3 +192,32 @@ def test_files_that_are_no_cameras(tmp_path):
         with pytest.raises(MediaError) as error:
             load_cameras(path, 64, 64)
         one_line(error.value, words)
+
+
+def test_cameras_of_a_video_have_its_aspect_ratio(tmp_path):
+    """The video may have been scaled, and made even, after the cameras were written; a crop or a stretch is another camera."""
+    K = [[100, 0, 50.5], [0, 100, 33.5], [0, 0, 1]]
+    path = own_file(tmp_path / "c.json", [{"c2w": frontal().tolist()}], width=101, height=67, K=K)
+    for video_size in ((67, 101), (68, 102), (134, 202)):
+        assert len(load_cameras(path, 64, 64, video_size=video_size)) == 1
+        assert len(open_camera(path, 64, 64, np.eye(3), frontal(), 25, video_size=video_size).cameras(0, 3)) == 3
+    for video_size in ((67, 67), (101, 67), (67, 106)):
+        with pytest.raises(MediaError) as error:
+            load_cameras(path, 64, 64, video_size=video_size)
+        one_line(error.value, "c.json, frame 0", "aspect ratio", f"{video_size[1]}x{video_size[0]}", "found 101x67")
+
+
+def test_cameras_without_a_size_take_that_of_the_video(tmp_path):
+    path = tmp_path / "transforms.json"
+    frame = {"transform_matrix": np.eye(4).tolist()}
+    path.write_text(json.dumps({"camera_angle_x": np.pi / 2, "frames": [frame]}))
+    # 200x100 at 90 degrees has a focal length of 100; cropped to 64x64 the height decides.
+    K = load_cameras(path, 64, 64, video_size=(100, 200)).K[0]
+    assert K[0].tolist() == pytest.approx([64, 0, 32])
+
+
+def test_resampled_path_knows_its_length(tmp_path):
+    path = own_file(tmp_path / "c.json", [{"c2w": frontal().tolist()}] * 10)
+    camera = open_camera(path, 64, 64, np.eye(3), frontal(), Fraction(50))
+    assert camera.resampled(Fraction(25), Fraction(50)).num_frames == 20
+    assert camera.resampled(Fraction(25), Fraction(12)).num_frames == 5

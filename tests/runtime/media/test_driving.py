@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import frontal, index_of, one_line, ramp_frames, sphere, write_video
+from media_files import frontal, index_of, one_line, ramp_frames, sphere, write_obj_sequence, write_video
 from PIL import Image
 
 from factorportrait.arkit import ARKIT_NAMES
@@ -203,10 +203,28 @@ def test_clip_folder(tmp_path):
     assert (clip.fps, clip.num_frames, clip.sound) == (24, 6, tmp_path / "video.mp4") and clip.mesh == tmp_path / "mesh"
     write_csv(tmp_path / "coefficients.csv", [row(i) for i in range(60)])
     clip = open_driving(tmp_path)
-    assert clip.coefficients.fps == 24 and clip.coefficients.num_frames == 24 and clip.num_frames == 6
+    # The table is the expression, so it decides the length, not the video beside it.
+    assert clip.coefficients.fps == 24 and clip.coefficients.num_frames == clip.num_frames == 24
+    assert clip.sound == tmp_path / "video.mp4" and clip.video.num_frames == 6
     (tmp_path / "mesh.npz").write_bytes(b"")
     assert open_driving(tmp_path).mesh.name == "mesh.npz"
     assert open_driving(tmp_path / "mesh.npz").mesh == tmp_path / "mesh.npz"
+
+
+def test_obj_files(tmp_path):
+    write_obj_sequence(tmp_path / "objs", 3)
+    assert open_driving(tmp_path / "objs").mesh == tmp_path / "objs"
+    assert open_driving(tmp_path / "objs" / "m0.obj").mesh == tmp_path / "objs" / "m0.obj"
+    assert open_driving(tmp_path / "objs", Fraction(30)).fps == 30
+    # A texture beside the meshes is no frame; a clip folder may have one mesh.obj.
+    Image.new("RGB", (8, 8)).save(tmp_path / "objs" / "skin.png")
+    clip = open_driving(tmp_path / "objs")
+    assert (clip.mesh, clip.video) == (tmp_path / "objs", None)
+    (tmp_path / "clip").mkdir()
+    shutil.copy(tmp_path / "objs" / "m0.obj", tmp_path / "clip" / "mesh.obj")
+    write_video(tmp_path / "clip" / "video.mp4", ramp_frames(4))
+    clip = open_driving(tmp_path / "clip")
+    assert clip.mesh == tmp_path / "clip" / "mesh.obj" and clip.video.num_frames == 4
 
 
 HEADER = [
@@ -318,6 +336,8 @@ def test_head_angles_turn_the_face_the_stated_way():
     ("value", "expected"),
     [
         (24, 24), (24.0, 24), ("25", 25), (29.97, Fraction(30000, 1001)), ("23.976", Fraction(24000, 1001)), (12.5, 12.5),
+        ("29.97", Fraction(30000, 1001)), (" 25 ", 25), ("25.", 25), (".5", Fraction(1, 2)), ("1000", 1000),
+        ("23.976023976023978", Fraction(24000, 1001)), (Fraction(2997, 100), Fraction(2997, 100)),
         ("30000/1001", Fraction(30000, 1001)), (Fraction(23), 23), (59.94, Fraction(60000, 1001)), (14.985, Fraction(2997, 200)),
     ],
 )  # fmt: skip
@@ -326,10 +346,14 @@ def test_parse_fps(value, expected):
 
 
 def test_parse_fps_refusals():
-    for value in (0, -1, "x", "1/0", float("nan"), float("inf"), 5000, None):
+    texts = ["x", "1/0", "25/0", "abc", "0", "-3", "nan", "1e9", "", "25\n30", "0/5", "1001", "1_0", "30000/1001/2"]
+    # Rounded to a rate that a container can hold this is 0; this takes hours to compute; this is no line to print.
+    texts += ["0.0001", "1e999999999", "1e-999999999", "9" * 5000]
+    for value in (0, -1, float("nan"), float("inf"), 5000, None, Fraction(1, 10**6), *texts):
         with pytest.raises(MediaError) as error:
             parse_fps(value)
-        one_line(error.value, "frame rate", "--fps")
+        one_line(error.value, "frame rate", "--fps", "above 0", "30000/1001")
+        assert len(str(error.value)) < 200
 
 
 @settings(max_examples=60, deadline=None)

@@ -80,6 +80,9 @@ def test_downscaling_is_antialiased():
 
 def test_natural_order():
     assert sorted(["f10.png", "f2.png", "F1.png", "a.png"], key=natural_key) == ["a.png", "F1.png", "f2.png", "f10.png"]
+    # Superscripts are digits without being decimal; digits of other scripts are both.
+    assert sorted(["1²2.png", "1²10.png", "1.png"], key=natural_key) == ["1.png", "1²2.png", "1²10.png"]
+    assert sorted(["f١٠.png", "f٢.png"], key=natural_key) == ["f٢.png", "f١٠.png"]
 
 
 def test_exif_orientation(tmp_path):

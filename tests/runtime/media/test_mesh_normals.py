@@ -1,3 +1,5 @@
+import ctypes
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -7,6 +9,7 @@ import pytest
 from media_files import frontal, one_line, sphere, write_video
 
 from factorportrait.errors import MediaError, UserError
+from factorportrait.runtime.media import normals
 from factorportrait.runtime.media.camera import open_camera
 from factorportrait.runtime.media.mesh import MeshNpz, PosedHead, open_mesh, read_obj
 from factorportrait.runtime.media.normals import NormalRenderer, NormalVideo
@@ -100,7 +103,7 @@ def test_without_warp_or_device(monkeypatch):
     monkeypatch.setitem(sys.modules, "warp", None)
     with pytest.raises(UserError) as error:
         NormalRenderer(8, 8)
-    one_line(error.value, 'pip install "factorportrait[mesh]"')
+    one_line(error.value, 'pip install "factorportrait[mesh]"', '(in a checkout: pip install -e ".[mesh]")')
     monkeypatch.undo()
     pytest.importorskip("warp")
     with pytest.raises(UserError) as error:
@@ -120,6 +123,26 @@ def test_imports_are_lazy_and_quiet():
     code = "from factorportrait.runtime.media.normals import NormalRenderer; NormalRenderer(8, 8)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == ""
+
+
+@pytest.mark.parametrize(("driver", "redirected"), [(True, 0), (False, 1)])
+def test_stderr_is_redirected_only_without_a_driver_and_only_once(monkeypatch, driver, redirected):
+    pytest.importorskip("warp")
+    asked, moved = [], []
+
+    def load(name, *args, **kwargs):
+        asked.append(name)
+        if not driver:
+            raise OSError(name)
+
+    real_dup2 = os.dup2
+    normals._init_warp.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(os, "dup2", lambda old, new: (moved.append(new), real_dup2(old, new)))
+    for _ in range(3):
+        NormalRenderer(8, 8)
+    assert asked == ["nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"]
+    assert moved == [2, 2] * redirected  # away and back
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -194,6 +217,8 @@ def test_obj(tmp_path):
     assert mesh.faces.tolist() == [[0, 1, 2], [0, 2, 3], [0, 1, 2]] and mesh.num_frames == 3
     assert [v[0, 2] for v in mesh] == [0, 2, 10]
     assert open_mesh(tmp_path / "m2.obj").num_frames == 1
+    (tmp_path / "._m0.obj").write_bytes(b"\0\5\x16\7")  # what macOS leaves on foreign disks
+    assert open_mesh(tmp_path).num_frames == 3
     (tmp_path / "m3.obj").write_text(OBJ + "f 1 2 3\n")
     with pytest.raises(MediaError) as error:
         list(open_mesh(tmp_path))

@@ -317,9 +317,54 @@ def test_side_by_side():
     reference, driving = np.full((50, 40, 3), 10, np.uint8), np.full((200, 100, 3), 20, np.uint8)
     output = np.full((100, 101, 3), 30, np.uint8)
     picture = compose_side_by_side(reference, driving, output)
-    assert picture.shape == (100, 232, 3)  # 80 + 50 + 101, and one black column
-    assert [int(picture[50, column, 0]) for column in (0, 79, 80, 129, 130, 230, 231)] == [10, 10, 20, 20, 30, 30, 0]
-    assert compose_side_by_side(reference, driving, output[:, :100]).shape == (100, 230, 3)
+    assert picture.shape == (100, 303, 3)
+    # 80 of 101 columns, 50 of 101 columns, all: the rest are black bars of equal width.
+    row = picture[50, :, 0]
+    assert [(row == value).sum() for value in (10, 20, 30, 0)] == [80, 50, 101, 72]
+    assert [int(row[i]) for i in (9, 10, 89, 90, 125, 126, 175, 176, 202)] == [0, 10, 10, 0, 0, 20, 20, 0, 30]
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 64), (64, 96), (48, 48), (33, 50)])
+def test_side_by_side_of_a_square_face_crop(tmp_path, height, width):
+    """The panels of any format are as wide as the output, so the writer's width is known beforehand; circles stay round."""
+    yy, xx = np.mgrid[:224, :224] - 111.5
+    disk = np.where((yy**2 + xx**2 < 100**2)[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=-1)
+    output = np.full((height, width, 3), 30, np.uint8)
+    picture = compose_side_by_side(output, disk, output)
+    assert picture.shape == (height, 3 * width, 3)
+    middle = picture[:, width : 2 * width, 0] > 127
+    assert middle.any(0).sum() == pytest.approx(middle.any(1).sum(), abs=1)
+    assert middle.any(0).sum() == pytest.approx(min(height, width) * 200 / 224, abs=2)
+    with VideoWriter(tmp_path / "o.mp4", 3 * width, height, NTSC) as writer:
+        writer.write(picture)
+
+
+def test_what_was_kept_is_part_of_the_one_error(tmp_path, caplog):
+    """A clip that breaks in the middle of a run: one line says what is wrong and what is left of the run."""
+    problem = MediaError(
+        "video d.mp4 is damaged after frame 3", expected="9 frames", found="3", action="export it again"
+    )
+    with (
+        pytest.raises(MediaError) as error,
+        VideoWriter(tmp_path / "o.mp4", 64, 48, NTSC) as writer,
+    ):
+        for frame in ramp_frames(3):
+            writer.write(frame)
+        raise problem
+    assert error.value is problem
+    one_line(error.value, "damaged after frame 3", "export it again", "the first 3 frames are kept in", "o.partial.mp4")
+    assert str(error.value).count("frames are kept in") == 1
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert VideoSource(tmp_path / "o.partial.mp4").num_frames == 3
+
+
+def test_what_could_not_be_kept_is_part_of_the_one_error(tmp_path, caplog):
+    (tmp_path / "o.partial.mp4").mkdir()
+    with pytest.raises(MediaError) as error, VideoWriter(tmp_path / "o.mp4", 64, 48, NTSC) as writer:
+        writer.write(ramp_frames(1)[0])
+        raise MediaError("video d.mp4 is damaged", action="export it again")
+    one_line(error.value, "damaged", "could not be kept", "cannot write")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_contact_sheet():
