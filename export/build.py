@@ -15,17 +15,26 @@ from pathlib import Path
 
 import numpy as np
 
-from factorportrait.bundle import MANIFEST, PRECISIONS, Bundle, FileEntry, Manifest, StageSpec
+from factorportrait.bundle import (
+    CONSTANTS,
+    MANIFEST,
+    NEUTRAL_CODE,
+    PRECISIONS,
+    Bundle,
+    FileEntry,
+    Manifest,
+    StageSpec,
+    read_arrays,
+)
+from factorportrait.checkpoint_files import HEAD, checkpoint_digests
 from factorportrait.errors import BundleError, CheckpointError, UserError
-from factorportrait.export.checkpoint_files import HEAD, checkpoint_files
 from factorportrait.files import sha256_file, whole_folder
 
-CONSTANTS = "constants.npz"
 # The packages that decide the bytes of a graph.
 WRITERS = ("torch", "onnx", "onnxscript", "onnx-ir")
 # The parts of factorportrait that do, export/ aside.
 CONTRACT = ("arkit.py", "bundle.py", "config.py", "model_config.py")
-INSTALL_HINT = 'install the exporter: pip install "factorportrait[export]"'
+INSTALL_HINT = 'install the exporter: pip install "factorportrait[export]" (in a checkout: pip install -e ".[export]")'
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def build_bundle(
     _check_output(output)
     for package in (*WRITERS, "safetensors"):
         _version(package)
-    files = _checkpoint_digests(checkpoint)
+    files = checkpoint_digests(checkpoint)
     options = {"precision": precision, "external": external}
     versions = {name: _version(name) for name in WRITERS}
     key = _digest({"checkpoint": files, "options": options, "sources": _source_digests(), "versions": versions})
@@ -122,7 +131,7 @@ def build_bundle(
             check = check_graph(folder / file, stage, outputs, cases.of(stage), threshold(precision))
             specs[stage.name] = StageSpec(stage.name, file, inputs, outputs, check.to_dict())
         neutral_code = model.expression["controller"].neutral_code
-        write_arrays(folder / CONSTANTS, {"neutral_code": neutral_code.numpy()})
+        write_arrays(folder / CONSTANTS, {NEUTRAL_CODE: neutral_code.numpy()})
         if (checkpoint / HEAD).is_file():
             shutil.copyfile(checkpoint / HEAD, folder / HEAD)
         manifest = Manifest(
@@ -159,7 +168,12 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """An older bundle may be replaced; anything else that is in the way may not."""
+    """An older bundle may be replaced; anything else that is in the way may not, nor the folder that the user is in."""
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise UserError(
+            f"--output {output}", expected="a folder of its own, since it is replaced as a whole", found="where you are",
+            action="name a new folder, such as --output bundle",
+        )  # fmt: skip
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(
             f"--output {output}", expected="a new folder, an empty one or an older bundle", found="a folder with other files",
@@ -170,18 +184,17 @@ def _check_output(output: Path) -> None:
 
 
 def _bundle_with(output: Path, key: str) -> Bundle | None:
-    """The whole bundle at `output`, if it was made from the same sources."""
+    """The bundle at `output`, if it was made from the same sources and none of its files has changed since."""
     if not output.is_dir():
         return None
     try:
         bundle = Bundle(output)
-    except (BundleError, CheckpointError):
+        if bundle.manifest.source_key != key:
+            return None
+        bundle.verify()
+    except (BundleError, OSError):
         return None
-    return bundle if bundle.manifest.source_key == key else None
-
-
-def _checkpoint_digests(checkpoint: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in checkpoint_files(checkpoint)}
+    return bundle
 
 
 def _source_digests() -> dict[str, str]:
@@ -202,15 +215,44 @@ def _version(package: str) -> str:
 
 
 def _check_head(file: Path) -> None:
-    """Raises CheckpointError unless head.npz is missing, or can be read."""
+    """Raises CheckpointError unless head.npz is missing, or a head that a run can pose."""
     if not file.is_file():
         return
+    action = "make it again, or remove it: it is optional"
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            for name in arrays.files:
-                arrays[name]
-    except (ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-        raise CheckpointError(f"{file}", expected="a whole .npz of arrays", found=str(error)) from error
+        arrays = read_arrays(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}", expected="a whole .npz of arrays", found=str(error), action=action) from error
+    missing = [name for name in ("vertices", "faces", "weights", "pivot") if name not in arrays]
+    if missing:
+        raise CheckpointError(
+            f"{file}", expected="arrays vertices, faces, weights and pivot", found=f"no {', '.join(missing)}", action=action
+        )
+    vertices, faces, weights, pivot = (arrays[name] for name in ("vertices", "faces", "weights", "pivot"))
+    num = len(vertices) if vertices.ndim == 2 else 0
+    for name, expected, fits in (
+        ("vertices", "finite numbers [V, 3]", num > 0 and vertices.shape[1] == 3 and _is_finite(vertices)),
+        (
+            "faces", f"integers [F, 3] from 0 to {num - 1}",
+            faces.ndim == 2 and faces.shape[1] == 3 and len(faces) > 0 and faces.dtype.kind in "iu"
+            and 0 <= faces.min() and faces.max() < num,
+        ),
+        (
+            "weights", f"[{num}] numbers from 0 to 1",
+            weights.shape == (num,) and _is_finite(weights) and 0 <= weights.min() and weights.max() <= 1,
+        ),
+        ("pivot", "3 finite numbers", pivot.shape == (3,) and _is_finite(pivot)),
+    ):  # fmt: skip
+        if not fits:
+            array = arrays[name]
+            found = f"{array.dtype} {list(array.shape)}"
+            if array.size and array.dtype.kind in "iuf":
+                found += f" from {array.min():g} to {array.max():g}"
+            raise CheckpointError(f"{file}: {name}", expected=expected, found=found, action=action)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
 
 def _digest(data: Mapping) -> str:

@@ -21,6 +21,7 @@ from factorportrait.export.stages import EXAMPLE_TEXT, Examples, Stage, conditio
 # Frames and cached frames: the reference, a first chunk, a later one, a clip. None is the exporter's example.
 DIT_CASES = ((1, 0), (2, 1), (2, 7), (4, 0))
 SEED = 1234
+MISTAKE = "this is a mistake in the exporter or in ONNX Runtime"
 _NUMPY = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
 
 
@@ -81,7 +82,9 @@ def check_graph(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise UserError(f"stage {stage.name}", expected="a valid ONNX graph", found=str(error)) from error
+        raise UserError(
+            f"stage {stage.name}", expected="a valid ONNX graph", found=str(error), action=f"{MISTAKE}: report it"
+        ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -101,7 +104,7 @@ def check_graph(
                 raise UserError(
                     f"stage {stage.name}: {spec.name} differs from torch with {sizes}",
                     expected=f"a relative error of at most {limit.max_relative:.1e}", found=f"{max_relative:.1e}",
-                    action="this is a mistake in the exporter or the runtime: report it with these numbers",
+                    action=f"{MISTAKE}: report it with these numbers",
                 )  # fmt: skip
             if max_relative >= worst.max_relative:
                 worst = GraphCheck(max(max_abs, worst.max_abs), max_relative, spec.name, len(cases))
@@ -117,7 +120,7 @@ def _check_spec(stage: str, spec: TensorSpec, found: np.ndarray, expected: np.nd
     if not fits or found.shape != expected.shape or found.dtype != _NUMPY[spec.dtype]:
         raise UserError(
             f"stage {stage}", expected=f"{spec.describe()}, as torch gives {list(expected.shape)}",
-            found=f"{found.dtype} {list(found.shape)}",
+            found=f"{found.dtype} {list(found.shape)}", action=f"{MISTAKE}: report it",
         )  # fmt: skip
 
 

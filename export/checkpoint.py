@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from factorportrait.checkpoint_files import CONFIG, PARTS, checkpoint_files, read_config, weight_file
 from factorportrait.errors import CheckpointError, UserError
-from factorportrait.export.checkpoint_files import CONFIG, PARTS, checkpoint_files, read_config, weight_file
 from factorportrait.export.models.factorportrait import FactorPortrait
 from factorportrait.files import whole_folder
 
@@ -85,7 +85,10 @@ def _load_part(module: nn.Module, file: Path) -> None:
                 action=f"the weights do not belong to this {CONFIG}",
             )  # fmt: skip
         if tensor.dtype not in _FLOATS:
-            raise CheckpointError(f"{file}: {name}", expected="float32, float16 or bfloat16", found=str(tensor.dtype))
+            raise CheckpointError(
+                f"{file}: {name}", expected="float32, float16 or bfloat16", found=str(tensor.dtype),
+                action="save it again in one of these",
+            )  # fmt: skip
         if not tensor.isfinite().all():
             raise CheckpointError(
                 f"{file}: {name}", expected="finite numbers",

@@ -15,7 +15,7 @@ from rich.table import Table
 from factorportrait.bundle import Bundle
 from factorportrait.command import run_command
 from factorportrait.export import build
-from factorportrait.shipped import DEMO_NAME, default_bundle_path, shipped_checkpoint
+from factorportrait.shipped import DEMO_NAME, default_bundle_path, is_shipped_checkpoint, shipped_checkpoint
 
 COMMAND = "fp-export"
 
@@ -59,12 +59,8 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 def _export(options: argparse.Namespace) -> int:
     build.check_precision(options.precision)
-    checkpoint, name = options.checkpoint, DEMO_NAME
-    if checkpoint is None:
-        checkpoint = shipped_checkpoint()
-    else:
-        name = checkpoint.resolve().name
-    output = options.output or default_bundle_path(name, options.precision)
+    checkpoint = options.checkpoint or shipped_checkpoint()
+    output = options.output or _default_output(options.checkpoint, options.precision)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1)
@@ -89,6 +85,12 @@ def _export(options: argparse.Namespace) -> int:
         f"{report.path}: {len(report.checks)} graphs, {size}, {report.seconds:.1f} s", soft_wrap=True, markup=False
     )
     return 0
+
+
+def _default_output(checkpoint: Path | None, precision: str) -> Path:
+    if checkpoint is None or is_shipped_checkpoint(checkpoint):
+        return default_bundle_path(DEMO_NAME, precision)
+    return default_bundle_path(checkpoint.resolve().name, precision, checkpoint)
 
 
 def _check_table(report: build.BuildReport) -> Table:

@@ -9,6 +9,8 @@ head.npz          optional: a mean head to pose when a source has only head angl
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from factorportrait.config import config_from_dict
+from factorportrait.config import checked_value, config_from_dict
 from factorportrait.errors import BundleError, CheckpointError
 from factorportrait.files import sha256_file
 from factorportrait.model_config import ModelConfig
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+CONSTANTS = "constants.npz"
+NEUTRAL_CODE = "neutral_code"  # array of the constants: the expression code [E] of a face at rest
 PRECISIONS = ("fp32", "fp16", "int8")
 _EXPORT_AGAIN = "make the bundle again with fp-export"
 
@@ -50,7 +54,16 @@ class StageSpec:
     check: Mapping[str, float] = field(default_factory=dict)  # errors against torch at export
 
     def input(self, name: str) -> TensorSpec:
-        return next(spec for spec in self.inputs if spec.name == name)
+        """Raises BundleError if the graph has no such input."""
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec
+        raise BundleError(
+            f"stage {self.name}",
+            expected=f"an input {name}",
+            found=", ".join(spec.name for spec in self.inputs) or "none",
+            action=_EXPORT_AGAIN,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,14 +101,14 @@ class Manifest:
         """Parse manifest.json.
 
         Raises:
-            BundleError: not JSON, a newer schema, or a missing or unknown key.
+            BundleError: not JSON, a newer schema, a missing or unknown key, or a value of another type or refused.
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{where}", expected="JSON", found=str(error), action=_EXPORT_AGAIN) from error
         schema = data.get("schema") if isinstance(data, dict) else None
-        if not isinstance(schema, int):
+        if not isinstance(schema, int) or isinstance(schema, bool):
             raise BundleError(
                 where, expected="a bundle manifest with a schema number", found="none", action=_EXPORT_AGAIN
             )
@@ -111,13 +124,15 @@ class Manifest:
             files = {
                 name: config_from_dict(FileEntry, entry, f"{where}: files") for name, entry in data["files"].items()
             }
+            provenance = checked_value(Mapping[str, Any], data["provenance"], f"{where}: provenance")
+            checked_value(Mapping[str, str], provenance.get("versions", {}), f"{where}: provenance: versions")
             return cls(
                 config=ModelConfig.from_dict(data["config"], f"{where}: config"),
-                precision=data["precision"],
+                precision=checked_value(str, data["precision"], f"{where}: precision"),
                 stages=stages,
                 files=files,
-                provenance=data["provenance"],
-                source_key=data["source_key"],
+                provenance=provenance,
+                source_key=checked_value(str, data["source_key"], f"{where}: source_key"),
                 schema=schema,
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -125,7 +140,9 @@ class Manifest:
                 where, expected="all keys of a manifest", found=f"no usable {error}", action=_EXPORT_AGAIN
             ) from error
         except CheckpointError as error:
-            raise BundleError(str(error), action=_EXPORT_AGAIN) from error
+            raise BundleError(
+                error.what, expected=error.expected, found=error.found, action=_EXPORT_AGAIN
+            ) from error
 
 
 def _stage_to_dict(stage: StageSpec) -> dict[str, Any]:
@@ -141,7 +158,25 @@ def _stage_from_dict(name: str, entry: Mapping[str, Any], where: str) -> StageSp
         tuple(config_from_dict(TensorSpec, spec, f"{where}: stage {name}") for spec in entry[side])
         for side in ("inputs", "outputs")
     )
-    return StageSpec(name, entry["file"], inputs, outputs, entry.get("check", {}))
+    file = checked_value(str, entry["file"], f"{where}: stage {name}: file")
+    check = checked_value(Mapping[str, float], entry.get("check", {}), f"{where}: stage {name}: check")
+    return StageSpec(name, file, inputs, outputs, check)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz.
+
+    Raises:
+        ValueError: it is damaged, no .npz, or holds objects.
+    """
+    try:
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with opened:
+            return {name: opened[name] for name in opened.files}
+    except (ValueError, EOFError, KeyError, OSError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 class Bundle:
@@ -192,9 +227,27 @@ class Bundle:
         return self.path / name
 
     def constants(self) -> dict[str, np.ndarray]:
-        """The arrays of constants.npz."""
-        with np.load(self.file("constants.npz"), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        """The arrays of constants.npz, `NEUTRAL_CODE` among them.
+
+        Raises:
+            BundleError: the file is damaged, or lacks an array.
+        """
+        path, size = self.file(CONSTANTS), self.config.expression.code_dim
+        try:
+            arrays = read_arrays(path)
+        except ValueError as error:
+            raise BundleError(
+                f"bundle file {path}", expected="a whole .npz of arrays", found=str(error), action=_EXPORT_AGAIN
+            ) from error
+        code = arrays.get(NEUTRAL_CODE)
+        if code is None or code.shape != (size,) or code.dtype.kind != "f":
+            raise BundleError(
+                f"bundle file {path}",
+                expected=f"an array {NEUTRAL_CODE} of {size} floats",
+                found=", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items()) or "none",
+                action=_EXPORT_AGAIN,
+            )
+        return arrays
 
     def total_bytes(self) -> int:
         return sum(entry.bytes for entry in self.manifest.files.values())

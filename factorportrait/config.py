@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import json
+import math
+import types
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from factorportrait.errors import CheckpointError
 
 Config = TypeVar("Config")
+CORRECT = "correct config.json"
+_KINDS = {
+    bool: ("true or false", "flags"), int: ("an integer", "integers"), float: ("a number", "numbers"),
+    str: ("a string", "strings"), type(None): ("null", "nulls"),
+}  # fmt: skip
 
 
 def config_from_dict(cls: type[Config], data: Mapping[str, Any], where: str) -> Config:
-    """Build the frozen dataclass `cls` from a JSON object; lists become tuples, so that the config stays hashable.
+    """Build the frozen dataclass `cls` from a JSON object; its annotations say what a value may be.
+
+    Lists become tuples, so that the config stays hashable; integers become floats where those are meant.
 
     Args:
         cls: the dataclass.
@@ -21,17 +32,18 @@ def config_from_dict(cls: type[Config], data: Mapping[str, Any], where: str) -> 
         where: what the errors call the source, such as "config.json: vae".
 
     Raises:
-        CheckpointError: `data` is no object, has a key that is not a field, lacks a field, or a value is refused.
+        CheckpointError: `data` is no object, has a key that is not a field, lacks a field, or a value is of another type
+            or refused.
     """
     if not isinstance(data, Mapping):
-        raise CheckpointError(where, expected="a JSON object", found=type(data).__name__)
+        raise CheckpointError(where, expected="a JSON object", found=type(data).__name__, action=CORRECT)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     unknown = sorted(set(data) - set(fields))
     if unknown:
         near = difflib.get_close_matches(unknown[0], fields, n=1)
-        action = f"did you mean {near[0]!r}?" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise CheckpointError(
-            f"{where}: unknown key {unknown[0]!r}", expected="one of " + ", ".join(fields), action=action
+            f"{where}: unknown key {unknown[0]!r}{hint}", expected="one of " + ", ".join(fields), action=CORRECT
         )
     required = [
         name
@@ -41,10 +53,48 @@ def config_from_dict(cls: type[Config], data: Mapping[str, Any], where: str) -> 
     missing = [name for name in required if name not in data]
     if missing:
         raise CheckpointError(f"{where}: missing " + ", ".join(missing), action="add it")
+    kinds = _annotations(cls)
+    values = {name: checked_value(kinds[name], value, f"{where}: {name}") for name, value in data.items()}
     try:
-        return cls(**{name: _frozen(value) for name, value in data.items()})
+        return cls(**values)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(
+            f"{where}: {error.what}", expected=error.expected, found=error.found, action=error.action
+        ) from error
+
+
+def checked_value(kind: Any, value: Any, where: str) -> Any:
+    """A parsed JSON value as an annotation wants it.
+
+    Args:
+        kind: bool, int, float, str, a tuple, a union or a Mapping of these, Any, or a dataclass.
+        value: what the file says.
+        where: what the error calls it.
+
+    Raises:
+        CheckpointError: it is something else; a number is not finite.
+    """
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else config_from_dict(kind, value, where)
+    if not _fits(kind, value):
+        found = json.dumps(value, default=repr, ensure_ascii=False)
+        found = found if len(found) <= 60 else found[:57] + "..."
+        raise CheckpointError(where, expected=_described(kind), found=found, action=CORRECT)
+    return _converted(kind, value)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises CheckpointError unless each of these numbers, or lists of numbers, is above 0; None is let pass."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not numbers or not all(number > 0 for number in numbers):
+            kind = "integer" if all(isinstance(number, int) for number in numbers) else "number"
+            expected = f"a list of positive {kind}s" if isinstance(value, tuple) else f"a positive {kind}"
+            found = str(list(value) if isinstance(value, tuple) else value)
+            raise CheckpointError(name, expected=expected, found=found, action=CORRECT)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -52,8 +102,53 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _thawed(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+_annotations = functools.cache(get_type_hints)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(part, value) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        if parts[1:] == (...,):
+            return all(_fits(parts[0], item) for item in value)
+        return len(value) == len(parts) and all(map(_fits, parts, value))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(parts[1], item) for item in value.values())
+    if kind is float:
+        try:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        except OverflowError:  # an integer beyond every float
+            return False
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """A value that fits."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _converted(next(part for part in parts if _fits(part, value)), value)
+    if origin is tuple:
+        each = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return tuple(map(_converted, each, value))
+    return float(value) if kind is float else value
+
+
+def _described(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_described, parts))
+    if origin is Mapping:
+        return "a JSON object" + (f" of {_KINDS[parts[1]][1]}" if parts[1] in _KINDS else "")
+    if origin is tuple:
+        number = "" if parts[1:] == (...,) else f"{len(parts)} "
+        items = _KINDS[parts[0]][1] if parts[0] in _KINDS else _described(parts[0])
+        return f"a list of {number}{items}"
+    return _KINDS[kind][0]
 
 
 def _thawed(value: Any) -> Any:
@@ -91,27 +186,22 @@ class VAEConfig:
     latents_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("base_dim", "z_dim", "num_res_blocks", "decoder_base_dim", "patch_size", "in_channels"):
-            value = getattr(self, name)
-            if value is None and name in ("decoder_base_dim", "patch_size"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"{name}", expected="a positive integer", found=repr(value))
-        for name in ("dim_mult", "temporal_downsample", "attn_scales"):
-            if not isinstance(getattr(self, name), tuple):
-                raise CheckpointError(f"{name}", expected="a list", found=repr(getattr(self, name)))
+        require_positive(self, "base_dim", "z_dim", "dim_mult", "num_res_blocks", "decoder_base_dim", "patch_size")
+        require_positive(self, "in_channels", "out_channels")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise CheckpointError(
                 "temporal_downsample",
                 expected=f"one flag per step between the {len(self.dim_mult)} levels of dim_mult",
                 found=f"{len(self.temporal_downsample)} flags",
+                action=CORRECT,
             )
         for name in ("latents_mean", "latents_std"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, tuple) or len(value) != self.z_dim):
-                raise CheckpointError(f"{name}", expected=f"{self.z_dim} numbers, one per latent channel")
-        if self.latents_std is not None and min(self.latents_std) <= 0:
-            raise CheckpointError("latents_std", expected="numbers above 0", found=str(min(self.latents_std)))
+            if value is not None and len(value) != self.z_dim:
+                raise CheckpointError(
+                    name, expected=f"{self.z_dim} numbers, one per latent channel", found=str(len(value)), action=CORRECT
+                )
+        require_positive(self, "latents_std")
 
     @property
     def pixel_patch(self) -> int:
@@ -139,6 +229,7 @@ class VAEConfig:
                 "the size of the frames does not fit the VAE",
                 expected=f"multiples of {self.spatial_stride}",
                 found=f"{height} x {width}",
+                action="choose another height and width",
             )
         return height // self.spatial_stride, width // self.spatial_stride
 
@@ -153,5 +244,6 @@ class VAEConfig:
                 "the clip does not fit the VAE",
                 expected=f"1 + n * {self.temporal_stride} frames",
                 found=f"{num_frames}",
+                action="choose another number of frames",
             )
         return 1 + (num_frames - 1) // self.temporal_stride

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a file, an argument, the machine.
@@ -13,7 +15,7 @@ class UserError(Exception):
         action: the next thing to do.
     """
 
-    def __init__(self, what: str, *, expected: str = "", found: str = "", action: str = ""):
+    def __init__(self, what: str, *, expected: str = "", found: str = "", action: str):
         self.what, self.expected, self.found, self.action = what, expected, found, action
         parts = [what]
         if expected:
@@ -23,6 +25,10 @@ class UserError(Exception):
         if action:
             parts.append(action)
         super().__init__(" ".join("; ".join(parts).split()))
+
+    def __reduce__(self):
+        # An exception is rebuilt from its message alone, which would lose the parts on the way from a worker process.
+        return functools.partial(type(self), expected=self.expected, found=self.found, action=self.action), (self.what,)
 
 
 class BundleError(UserError):

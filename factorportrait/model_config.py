@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from factorportrait.config import VAEConfig, config_from_dict, config_to_dict
+from factorportrait.config import CORRECT, VAEConfig, config_from_dict, config_to_dict, require_positive
 from factorportrait.errors import CheckpointError
 
 STREAMS = ("reference", "noise", "camera", "pose")
@@ -32,17 +31,21 @@ class DiTConfig:
     max_position: int = 1024
 
     def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        require_positive(self, "dim", "ffn_dim", "num_heads", "num_layers", "out_channels", "patch_size", "freq_dim", "eps")
+        require_positive(self, "text_dim", "rope_theta", "max_position")
+        if self.freq_dim % 2:
+            raise CheckpointError("freq_dim", expected="an even number", found=str(self.freq_dim), action=CORRECT)
         if self.dim % self.num_heads or self.head_dim % 2:
             raise CheckpointError(
-                "config dit",
+                "dim and num_heads",
                 expected="dim to be an even multiple of num_heads",
                 found=f"dim {self.dim}, num_heads {self.num_heads}",
-                action="correct config.json",
+                action=CORRECT,
             )
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        if self.patch_size[0] != 1:
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1 or self.patch_size[1] != self.patch_size[2]:
             raise CheckpointError(
-                "config dit.patch_size", expected="1 in time", found=str(self.patch_size), action="correct config.json"
+                "patch_size", expected="1 in time and two equal sizes", found=str(list(self.patch_size)), action=CORRECT
             )
 
     @property
@@ -66,16 +69,17 @@ class FusionConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "streams", tuple(self.streams))
+        require_positive(self, "latent_channels")
         if sorted(self.streams) != sorted(STREAMS):
             raise CheckpointError(
-                "config fusion.streams",
+                "streams",
                 expected=f"each of {', '.join(STREAMS)} once",
                 found=", ".join(self.streams),
-                action="correct config.json",
+                action=CORRECT,
             )
         if self.rays not in ("packed", "last"):
             raise CheckpointError(
-                "config fusion.rays", expected="packed or last", found=repr(self.rays), action="correct config.json"
+                "rays", expected="packed or last", found=repr(self.rays), action=CORRECT
             )
 
     @property
@@ -109,12 +113,23 @@ class ExpressionConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))
+        require_positive(self, "code_dim", "image_size", "encoder_widths", "arkit_hidden", "hidden_dim")
+        if self.encoder_blocks < 0:
+            raise CheckpointError("encoder_blocks", expected="0 or more", found=str(self.encoder_blocks), action=CORRECT)
+        stride = 2 ** (len(self.encoder_widths) + 1)
+        if self.image_size % stride:
+            raise CheckpointError(
+                "image_size",
+                expected=f"a multiple of {stride}, which {len(self.encoder_widths)} encoder_widths divide it by",
+                found=str(self.image_size),
+                action=CORRECT,
+            )
         if self.aggregator not in ("causal_conv", "window", "mean"):
             raise CheckpointError(
-                "config expression.aggregator",
+                "aggregator",
                 expected="causal_conv, window or mean",
                 found=repr(self.aggregator),
-                action="correct config.json",
+                action=CORRECT,
             )
 
 
@@ -137,23 +152,24 @@ class GenerationConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "modes", tuple(self.modes))
+        require_positive(self, "chunk_frames", "window_frames", "max_clip_frames", "timestep_shift", "denoising_steps")
         if not self.modes or any(mode not in ("clip", "stream") for mode in self.modes):
             raise CheckpointError(
-                "config generation.modes",
+                "modes",
                 expected="clip, stream or both",
-                found=str(self.modes),
-                action="correct config.json",
+                found=", ".join(self.modes) or "none",
+                action=CORRECT,
             )
         if self.solver not in ("euler", "renoise"):
             raise CheckpointError(
-                "config generation.solver", expected="euler or renoise", found=self.solver, action="correct config.json"
+                "solver", expected="euler or renoise", found=self.solver, action=CORRECT
             )
-        if not 1 <= self.chunk_frames <= self.window_frames:
+        if self.chunk_frames > self.window_frames:
             raise CheckpointError(
-                "config generation",
+                "chunk_frames and window_frames",
                 expected="1 <= chunk_frames <= window_frames",
                 found=f"chunk_frames {self.chunk_frames}, window_frames {self.window_frames}",
-                action="correct config.json",
+                action=CORRECT,
             )
 
 
@@ -167,6 +183,11 @@ class CameraConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "target", tuple(float(value) for value in self.target))
+        require_positive(self, "distance")
+        if not 0 < self.fov_degrees < 180:
+            raise CheckpointError(
+                "fov_degrees", expected="more than 0 and less than 180", found=f"{self.fov_degrees:g}", action=CORRECT
+            )
 
 
 @dataclass(frozen=True)
@@ -188,25 +209,41 @@ class ModelConfig:
     def __post_init__(self):
         if self.system != "factorportrait":
             raise CheckpointError(
-                "config system",
+                "system",
                 expected="factorportrait",
                 found=repr(self.system),
                 action="use a version that knows this system",
             )
+        require_positive(self, "height", "width", "fps")
+        if self.vae.temporal_stride != FRAMES_PER_LATENT:
+            raise CheckpointError(
+                "vae: temporal_downsample",
+                expected=f"flags that make {FRAMES_PER_LATENT} frames one latent frame",
+                found=f"{self.vae.temporal_stride} frames",
+                action=CORRECT,
+            )
+        longest = max(self.generation.window_frames, self.generation.max_clip_frames)
+        if self.dit.max_position <= longest:
+            raise CheckpointError(
+                "dit: max_position",
+                expected=f"more than the {longest} frames of generation's window_frames and max_clip_frames",
+                found=str(self.dit.max_position),
+                action=CORRECT,
+            )
         stride = self.vae.spatial_stride * self.dit.patch_size[1]
         if self.height % stride or self.width % stride:
             raise CheckpointError(
-                "config height and width",
+                "height and width",
                 expected=f"multiples of {stride}",
                 found=f"{self.height} x {self.width}",
                 action="choose sizes that the VAE and the patches divide",
             )
         if self.fusion.latent_channels != self.vae.z_dim or self.dit.out_channels != self.vae.z_dim:
             raise CheckpointError(
-                "config",
+                "latent channels",
                 expected="fusion.latent_channels = dit.out_channels = vae.z_dim",
                 found=f"{self.fusion.latent_channels}, {self.dit.out_channels}, {self.vae.z_dim}",
-                action="correct config.json",
+                action=CORRECT,
             )
 
     @property
@@ -225,19 +262,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "config") -> ModelConfig:
         """Read a parsed config.json; unknown keys raise and name the near miss."""
-        parts = {
-            "vae": VAEConfig,
-            "dit": DiTConfig,
-            "fusion": FusionConfig,
-            "expression": ExpressionConfig,
-            "generation": GenerationConfig,
-            "camera": CameraConfig,
-        }
-        built = dict(data) if isinstance(data, Mapping) else data
-        for key, part in parts.items():
-            if isinstance(data, Mapping) and key in data:
-                built[key] = config_from_dict(part, data[key], f"{where}: {key}")
-        return config_from_dict(cls, built, where)
+        return config_from_dict(cls, data, where)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `from_dict` reads back to an equal config."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
+from factorportrait.bundle import Bundle
+from factorportrait.checkpoint_files import checkpoint_digests
 from factorportrait.errors import CheckpointError, UserError
 
 DEMO_NAME = "demo"
+# A folder `demo` with neither is somebody else's: site-packages may hold a package of that name.
+DEMO_PARTS = ("inputs", "checkpoint")
 
 
 def demo_folder() -> Path:
@@ -18,10 +23,10 @@ def demo_folder() -> Path:
     """
     package = Path(__file__).resolve().parent
     for folder in (package / "demo", package.parent / "demo"):
-        if folder.is_dir():
+        if any((folder / part).is_dir() for part in DEMO_PARTS):
             return folder
     raise UserError(
-        "the shipped demo", expected=f"a folder {package / 'demo'}", found="none",
+        "the shipped demo", expected=f"a folder {package / 'demo'} with {' or '.join(DEMO_PARTS)}", found="none",
         action="install factorportrait again, or name your own files",
     )  # fmt: skip
 
@@ -63,6 +68,30 @@ def cache_folder() -> Path:
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "factorportrait"
 
 
-def default_bundle_path(name: str, precision: str) -> Path:
-    """Where the bundle of the checkpoint called `name` goes without --output; the shipped demo is called "demo"."""
+def is_shipped_checkpoint(path: Path) -> bool:
+    """Whether `path` is the demo's checkpoint folder."""
+    try:
+        return path.resolve() == shipped_checkpoint().resolve()
+    except UserError:
+        return False
+
+
+def default_bundle_path(name: str, precision: str, checkpoint: Path | None = None) -> Path:
+    """Where a bundle goes without --output.
+
+    Args:
+        name: of the checkpoint, for people; the shipped demo is called "demo".
+        precision: of the bundle.
+        checkpoint: the folder; None for the shipped demo's. Two folders of one name get two bundles.
+    """
+    if checkpoint is not None and not is_shipped_checkpoint(checkpoint):
+        name += "-" + hashlib.sha256(os.fsencode(checkpoint.resolve())).hexdigest()[:8]
     return cache_folder() / "bundles" / f"{name}-{precision}"
+
+
+def demo_bundle_is_current(path: Path) -> bool:
+    """Whether `path` is a readable bundle of the shipped checkpoint as it is now, and not of an older or another one."""
+    try:
+        return Bundle(path).manifest.provenance.get("checkpoint_files") == checkpoint_digests(shipped_checkpoint())
+    except (UserError, OSError):
+        return False

@@ -99,7 +99,56 @@ def test_missing_key(copy, key):
     assert "manifest.json" in refused(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "not json", '{"schema": "1"}'])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.update(precision=32),
+        lambda data: data.update(source_key=None),
+        lambda data: data.update(provenance=[]),
+        lambda data: data["provenance"].update(versions=["torch"]),
+        lambda data: data.update(schema=True),
+        lambda data: data["stages"]["dit"].update(file=5),
+        lambda data: data["stages"]["dit"].update(check=[]),
+        lambda data: data["stages"]["dit"].update(check={"max_relative": "small"}),
+        lambda data: data["stages"]["dit"]["inputs"][0].update(shape="1, 16"),
+        lambda data: data["stages"]["dit"]["inputs"][0].update(dtype=None),
+        lambda data: data["files"]["dit.onnx"].update(bytes="1"),
+    ],
+)
+def test_value_of_another_type(copy, change):
+    edit(copy, change)
+    assert refused(copy).endswith("make the bundle again with fp-export")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"text", "npy", "cut", "flipped", {}, {"other": 3}, {"neutral_code": 3}])
+def test_damaged_constants(copy, content):
+    file = copy / "constants.npz"
+    whole = file.read_bytes()
+    if isinstance(content, dict):
+        np.savez(file, **{name: np.zeros(size, np.float32) for name, size in content.items()})
+    elif content == "npy":
+        with open(file, "wb") as opened:
+            np.save(opened, np.zeros(3))
+    elif content == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif content == "flipped":
+        at = whole.index(b"NUMPY") + 100
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    else:
+        file.write_bytes(content)
+    edit(copy, lambda data: data["files"]["constants.npz"].update(bytes=file.stat().st_size))
+    with pytest.raises(BundleError, match="constants.npz; expected .*; found .*; make the bundle again"):
+        Bundle(copy).constants()
+
+
+def test_input_that_a_graph_lacks(tiny_bundle):
+    spec = Bundle(tiny_bundle).stage("dit")
+    assert spec.input("noise_latents").dtype == "float32"
+    with pytest.raises(BundleError, match="stage dit; expected an input noise; found noise_latents, .*fp-export"):
+        spec.input("noise")
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, "", "{", "[]", "3", "null", "not json", '{"schema": "1"}'])
 def test_no_manifest(copy, text):
     (copy / "manifest.json").write_text(text)
     assert "manifest.json" in refused(copy)

@@ -58,15 +58,17 @@ def config_from_diffusers(data: Mapping[str, Any], where: str) -> VAEConfig:
     """
     if data.get("is_residual"):
         raise CheckpointError(
-            f"{where}: is_residual", expected="false, the structure of Wan 2.1", found="true, the structure of Wan 2.2"
-        )
+            f"{where}: is_residual", expected="false, the structure of Wan 2.1", found="true, the structure of Wan 2.2",
+            action="take a VAE of Wan 2.1",
+        )  # fmt: skip
     skipped = {"is_residual", "temperal_downsample", *IGNORED}
     ours = {key: value for key, value in data.items() if key not in skipped and not key.startswith("_")}
     if "temperal_downsample" in data:
         ours["temporal_downsample"] = data["temperal_downsample"]
-    packing = (ours.get("patch_size") or 1) ** 2
+    patch = ours.get("patch_size")
+    packing = patch**2 if isinstance(patch, int) and patch > 0 else 1
     for name in ("in_channels", "out_channels"):
-        if name in ours:
+        if isinstance(ours.get(name), int):
             ours[name] //= packing
     return config_from_dict(VAEConfig, ours, where)
 
@@ -151,4 +153,4 @@ def _inside_middle(key: str, names: Mapping[str, str]) -> str:
 
 
 def _unknown(key: str, layout: str) -> CheckpointError:
-    return CheckpointError(f"weight {key!r}", expected=f"a name of {layout}")
+    return CheckpointError(f"weight {key!r}", expected=f"a name of {layout}", action="take weights of Wan 2.1's VAE")

@@ -64,4 +64,4 @@ def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str], layout: 
     for old, suffix in ((rest, ""), (stem, f".{last}")):
         if old in names:
             return prefix + names[old] + suffix
-    raise CheckpointError(f"weight {key!r}", expected=f"a name of {layout}")
+    raise CheckpointError(f"weight {key!r}", expected=f"a name of {layout}", action="take weights of a Wan transformer")

@@ -10,15 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from factorportrait import shipped
 from factorportrait.bundle import Bundle
+from factorportrait.errors import CheckpointError
 from factorportrait.export import build, cli, graphs, stages
+from factorportrait.files import whole_folder
 
 FAST = ("arkit_encoder", "time_embed")
+HEAD = {
+    "vertices": np.zeros((4, 3), np.float16), "faces": np.array([[0, 1, 2], [1, 2, 3]]),
+    "weights": np.array([0, 0.5, 1, 1], np.float16), "pivot": np.zeros(3, np.float32),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -65,17 +72,21 @@ def test_bundle_then_up_to_date_then_changed(two_stages, copy, tmp_path, capsys)
             assert (output / name).read_bytes() == content, name
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"fps": 25.0}))
-    np.savez(copy / "head.npz", vertices=np.zeros((4, 3), np.float32))
+    np.savez(copy / "head.npz", **HEAD)
     assert exported(capsys, copy, "--output", output)["up_to_date"] is False
     bundle = Bundle(output)
     bundle.verify()
     assert bundle.config.fps == 25.0
     assert (output / "head.npz").read_bytes() == (copy / "head.npz").read_bytes()
 
-    # A damaged bundle is made again.
+    # A damaged bundle is made again, and one with another byte of the right size too.
+    whole = (output / "time_embed.onnx").read_bytes()
     (output / "time_embed.onnx").unlink()
     assert exported(capsys, copy, "--output", output)["up_to_date"] is False
     Bundle(output).verify()
+    (output / "time_embed.onnx").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert exported(capsys, copy, "--output", output)["up_to_date"] is False
+    assert (output / "time_embed.onnx").read_bytes() == whole
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "bundle"}
 
 
@@ -113,6 +124,33 @@ def test_damaged_head(copy, tmp_path, capsys, content):
     (copy / "head.npz").write_bytes(content)
     assert "head.npz; expected a whole .npz" in refused(capsys, copy, "--output", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("vertices", None, "found no vertices"),
+        ("weights", None, "found no weights"),
+        ("vertices", np.zeros((4, 2)), "vertices; expected finite numbers [V, 3]; found float64 [4, 2]"),
+        ("vertices", np.full((4, 3), np.nan), "vertices; expected finite numbers"),
+        ("faces", np.array([[0, 1, 4]]), "faces; expected integers [F, 3] from 0 to 3; found int64 [1, 3] from 0 to 4"),
+        ("faces", np.array([[0, 1, -1]]), "found int64 [1, 3] from -1 to 1"),
+        ("faces", np.zeros((2, 3)), "faces; expected integers"),
+        ("faces", np.zeros((0, 3), np.int32), "faces; expected integers"),
+        ("weights", np.array([0, 0, 0, 1.5]), "weights; expected [4] numbers from 0 to 1; found float64 [4] from 0 to 1.5"),
+        ("weights", np.zeros(3), "weights; expected [4] numbers"),
+        ("pivot", np.zeros((1, 3)), "pivot; expected 3 finite numbers; found float64 [1, 3]"),
+        ("pivot", np.array(["a", "b", "c"]), "pivot; expected 3 finite numbers; found <U1 [3]"),
+    ],
+)
+def test_head_that_cannot_be_posed(tmp_path, name, value, words):
+    arrays = {key: array for key, array in (HEAD | {name: value}).items() if array is not None}
+    np.savez(tmp_path / "head.npz", **arrays)
+    with pytest.raises(CheckpointError) as caught:
+        build._check_head(tmp_path / "head.npz")
+    assert words in str(caught.value) and caught.value.action
+    np.savez(tmp_path / "head.npz", **HEAD)
+    build._check_head(tmp_path / "head.npz")
 
 
 def test_a_graph_that_differs_is_an_error(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
@@ -159,6 +197,17 @@ def test_output_in_the_way(tiny_checkpoint, tmp_path, capsys):
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.parametrize("output", [".", "..", "", "../here", "/"])
+def test_output_where_the_user_is(tiny_checkpoint, tmp_path, capsys, monkeypatch, output):
+    """The folder is replaced as a whole; a shell in it would be left in a folder that is gone."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main([str(tiny_checkpoint), f"--output={output}"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "expected a folder of its own" in line and "--output bundle" in line and "\n" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_output_that_cannot_be_written(tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(capsys, tiny_checkpoint, "--output", tmp_path / "file" / "bundle")
@@ -170,14 +219,22 @@ def test_output_that_cannot_be_written(tiny_checkpoint, tmp_path, capsys):
 def test_without_the_exporter(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(build, "WRITERS", ("a-package-that-is-not-installed",))
     line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle")
-    assert 'pip install "factorportrait[export]"' in line
+    assert 'pip install "factorportrait[export]"' in line and 'in a checkout: pip install -e ".[export]"' in line
 
 
 def test_default_checkpoint_and_output(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cli, "shipped_checkpoint", lambda: tiny_checkpoint)
+    for module in (cli, shipped):
+        monkeypatch.setattr(module, "shipped_checkpoint", lambda: tiny_checkpoint)
     assert exported(capsys)["bundle"] == str(tmp_path / "cache" / "factorportrait" / "bundles" / "demo-fp32")
     Bundle(shipped.default_bundle_path("demo", "fp32")).verify()
+    assert exported(capsys, tiny_checkpoint)["bundle"].endswith("demo-fp32")
+    # Another folder called demo has a bundle of its own, and a third one too.
+    others = [shutil.copytree(tiny_checkpoint, tmp_path / name / "demo") for name in ("one", "two")]
+    places = {shipped.default_bundle_path("demo", "fp32"), *(cli._default_output(other, "fp32") for other in others)}
+    assert len(places) == 3 and all(place.name.startswith("demo-") for place in places)
+    monkeypatch.chdir(tmp_path / "one")
+    assert cli._default_output(Path("demo"), "fp32") == cli._default_output(others[0], "fp32")
     # Relative paths are to be ignored, says the specification.
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -187,8 +244,34 @@ def test_default_checkpoint_and_output(two_stages, tiny_checkpoint, tmp_path, ca
 def test_no_shipped_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shipped, "__file__", str(tmp_path / "package" / "shipped.py"))
     assert "the shipped demo" in refused(capsys)
-    (tmp_path / "demo").mkdir()
+    # A package of that name that is not ours.
+    (tmp_path / "demo" / "sub").mkdir(parents=True)
+    assert "demo with inputs or checkpoint; found none" in refused(capsys)
+    (tmp_path / "demo" / "inputs").mkdir()
     assert "name a checkpoint folder" in refused(capsys)
+
+
+def test_the_demo_bundle_is_the_shipped_checkpoints(copy, tiny_bundle, tmp_path, monkeypatch):
+    def none():
+        raise CheckpointError("the shipped demo checkpoint", action="name another")
+
+    monkeypatch.setattr(shipped, "shipped_checkpoint", lambda: copy)
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    assert shipped.demo_bundle_is_current(bundle)
+    assert not shipped.demo_bundle_is_current(tmp_path / "none")
+    # Made from an older demo: one file changed, one came.
+    np.savez(copy / "head.npz", **HEAD)
+    assert not shipped.demo_bundle_is_current(bundle)
+    (copy / "head.npz").unlink()
+    assert shipped.demo_bundle_is_current(bundle)
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config + "\n")
+    assert not shipped.demo_bundle_is_current(bundle)
+    (copy / "config.json").write_text(config)
+    (bundle / "dit.onnx").unlink()
+    assert not shipped.demo_bundle_is_current(bundle)
+    monkeypatch.setattr(shipped, "shipped_checkpoint", none)
+    assert not shipped.demo_bundle_is_current(tiny_bundle)
 
 
 def test_kill_leaves_no_half_bundle(tiny_checkpoint, tmp_path):
@@ -201,7 +284,11 @@ def test_kill_leaves_no_half_bundle(tiny_checkpoint, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not output.exists()
+    assert not output.exists() and len(list(tmp_path.glob(".bundle.*"))) == 1
+    # The next export of that bundle clears up, even one that fails.
+    with pytest.raises(KeyError), whole_folder(output):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inspect_needs_no_torch(tiny_bundle):
