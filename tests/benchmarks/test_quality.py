@@ -314,7 +314,9 @@ def test_quick_run(tiny_bundle, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["quality", str(tiny_bundle), "--quick", "--frames", "6", "--steps", "2,1", "--threads", "1", "--enforce"]
     command += ["--stream", "200"]
-    assert cli.main([*command, "--output", str(out), "--probe", str(tmp_path / "probe.onnx")]) == cli.EXIT_MISSED
+    code = cli.main([*command, "--output", str(out), "--probe", str(tmp_path / "probe.onnx")])
+    printed, complaint = capsys.readouterr()
+    assert code == cli.EXIT_MISSED, complaint
     assert sorted(path.name for path in out.iterdir()) == sorted(report.FILES)
     made = report.Report.from_json((out / "quality.json").read_text(), "quality.json")
     assert len(made.clips) == 2 and [clip["mode"] for clip in made.clips] == ["frontal", "novel"]
@@ -326,7 +328,6 @@ def test_quick_run(tiny_bundle, tmp_path, capsys):
         assert found["truth"]["sharpness"] == pytest.approx(1) and found["truth"]["ssim"] == pytest.approx(1)
         assert found["neutral"]["psnr"] > found["steps_2"]["psnr"]
         assert found["portrait_copied"]["flicker"] == 0 and found["steps_1"]["pose_error_deg"] > 0
-    printed = capsys.readouterr().out
     assert "missed" in printed and "do not trust" in printed
 
 
