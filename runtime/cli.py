@@ -13,7 +13,7 @@ from pathlib import Path
 from factorportrait.bundle import PRECISIONS
 from factorportrait.command import run_command
 from factorportrait.errors import UserError
-from factorportrait.shipped import default_bundle_path, shipped_inputs
+from factorportrait.shipped import DEMO_NAME, default_bundle_path, demo_bundle_is_current, shipped_inputs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,16 +187,19 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def demo_bundle() -> Path:
-    """The shipped demo's bundle; exported first when it is not there, in a process of its own, since it needs torch."""
-    path = default_bundle_path("demo", PRECISIONS[0])
-    if not (path / "manifest.json").is_file():
+    """The shipped demo's bundle. It is exported, in a process of its own since that needs torch, when it is missing or was made
+    from another checkpoint than the one that ships now."""
+    path = default_bundle_path(DEMO_NAME, PRECISIONS[0])
+    if not demo_bundle_is_current(path):
         print(f"fp-run: no bundle given, and the demo's is not there yet: exporting it to {path}", file=sys.stderr)
         command = [sys.executable, "-m", "factorportrait.export.cli", "--output", str(path)]
         if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
             raise UserError(
-                "the demo bundle", expected="fp-export to make it", found="its error above",
+                "the demo bundle",
+                expected="fp-export to make it",
+                found="its error above",
                 action="mend that, or name a bundle: fp-run BUNDLE",
-            )  # fmt: skip
+            )
     return path
 
 
