@@ -45,7 +45,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     def blur(x: Tensor) -> Tensor:
         return F.conv2d(x, window.expand(3, 1, -1, -1), groups=3)
 
-    x, y = (torch.from_numpy(pictures).movedim(-1, 1).float() for pictures in (a, b))
+    x, y = (torch.from_numpy(np.array(pictures)).movedim(-1, 1).float() for pictures in (a, b))
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y
@@ -119,7 +119,7 @@ def evaluate_clip(
     for name, made in pictures.items():
         figures[name] = {
             "psnr": psnr(made, truth),
-            "ssim": ssim(np.ascontiguousarray(made), np.ascontiguousarray(truth)),
+            "ssim": ssim(made, truth),
             "psnr_expression": psnr(made, truth, changed),
             "code_error": float((code(made) - target).square().mean().sqrt()),
         }
