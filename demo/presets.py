@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from factorportrait.config import VAEConfig
-from factorportrait.model_config import DiTConfig, ExpressionConfig, GenerationConfig, ModelConfig
+from factorportrait.model_config import CameraConfig, DiTConfig, ExpressionConfig, GenerationConfig, ModelConfig
 
 NUM_FRAMES = 29  # of a training clip: one latent frame of 1, seven of 4
 
@@ -90,6 +90,8 @@ MODEL = ModelConfig(
     dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8),
     expression=ExpressionConfig(encoder_widths=(16, 32, 64, 128)),
     generation=GenerationConfig(chunk_frames=3, window_frames=6, max_clip_frames=8, timestep_shift=1.0),
+    # Frames the face as the training's cameras do (demo/world/motion.py).
+    camera=CameraConfig(fov_degrees=16.6, distance=0.95, target=(0.0, 0.002, 0.02)),
 )
 
 CPU = Preset(
