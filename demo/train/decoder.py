@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, rewritten at the end")
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(0)
@@ -111,14 +111,15 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     noise = LATENT_NOISE / float(np.mean(model.config.vae.latents_std))
     rng = np.random.default_rng(0)
-    groups = [Streams(stores["train"], rng, 6, 64) for _ in range(4)] + [Streams(stores["train"], rng, 2, 128)]
+    # Whole pictures: the attention in the middle sees all of them, and crops taught it nothing about that.
+    groups = [Streams(stores["train"], rng, 3, 128) for _ in range(6)]
     log.info("before: %s dB", validate(vae, stores["val"]))
     start, step = time.perf_counter(), 0
     while (done := (time.perf_counter() - start) / (60 * args.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1.0, (step + 1) / 20) * min(1.0, (1 - done) / 0.4)
         with torch.autocast("cpu", torch.bfloat16):
-            decoded, truth = groups[step % len(groups)].step(vae, 3, noise)
+            decoded, truth = groups[step % len(groups)].step(vae, 2, noise)
         loss, mse = reconstruction_loss(decoded, truth)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
