@@ -63,6 +63,8 @@ class OrtRunner:
             if array is None:
                 binding.bind_output(name, "cpu")
             else:
+                if not array.flags.c_contiguous:
+                    raise ValueError(f"stage {self.spec.name}: output {name} is not contiguous")
                 binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
         if len(outputs) == len(self._output_names):

@@ -26,7 +26,7 @@ class DrivingFrame:
         normals: uint8 [H, W, 3], normals of the neutral head in its pose, seen by this frame's camera (DESIGN.md).
         K, c2w: [3, 3] pixels of the output, [4, 4] OpenCV camera in canonical head space.
         image: uint8 [*, *, 3], square face crop for the expression encoder; or
-        coefficients: [52] ARKit coefficients in 0..1. One of the two is given.
+        coefficients: [52] ARKit coefficients in 0..1. One of the two is needed; coefficients win.
     """
 
     normals: np.ndarray
@@ -131,7 +131,6 @@ class ConditionBuilder:
         ]
         self._neutral_code = np.ascontiguousarray(neutral_code, np.float32)[None]
         self._state: dict[str, np.ndarray] | None = None
-        self._latent_shape = (config.vae.z_dim, config.latent_height, config.latent_width)
         self._ray_shape = (config.fusion.ray_channels, config.latent_height, config.latent_width)
 
     def reset(self) -> None:

@@ -99,14 +99,15 @@ class Denoiser:
     def generate(self, chunk: ChunkConditions) -> np.ndarray:
         """Clean latents [1, C, N, h, w] of the chunk's frames; the array is reused by the next chunk of this size."""
         x, frames, fresh = self._start(chunk)
+        positions = self._positions(chunk)
         history: deque[np.ndarray] = deque(maxlen=self.schedule.outputs.shape[1])
         for step in range(self.schedule.num_steps):
             with self.timings("step"):
-                history.appendleft(self._predict(x, step, chunk))
+                history.appendleft(self._predict(x, step, chunk, positions))
                 self._step(frames, history, step, chunk.first_frame, fresh)
         if self.mode == "stream":
             with self.timings("commit"):
-                self._commit(x, chunk)
+                self._commit(x, chunk, positions)
         return frames
 
     def _start(self, chunk: ChunkConditions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,13 +119,12 @@ class Denoiser:
         self.noise.draw(chunk.first_frame, frames.shape[2], 0, frames)
         return x, frames, buffers["fresh"][:, :, : frames.shape[2]]
 
-    def _predict(self, x: np.ndarray, step: int, chunk: ChunkConditions) -> np.ndarray:
+    def _predict(self, x: np.ndarray, step: int, chunk: ChunkConditions, positions: np.ndarray) -> np.ndarray:
         """Guided velocity of the frames: the weighted sum over the condition sets."""
         guided = None
         for i, weight in enumerate(self.guidance.weights[step]):
             if weight == 0:
                 continue
-            positions = self._positions(chunk)
             velocity = self._evaluate(i, x, step, chunk.tokens[i], chunk.modulation[i], positions, chunk)["velocity"]
             velocity = velocity if self.mode == "stream" else velocity[:, :, 1:]
             if guided is None:
@@ -142,8 +142,7 @@ class Denoiser:
         if schedule.noise[step]:
             frames += np.float32(schedule.noise[step]) * self.noise.draw(first_frame, frames.shape[2], step + 1, fresh)
 
-    def _commit(self, x: np.ndarray, chunk: ChunkConditions) -> None:
-        positions = self._positions(chunk)
+    def _commit(self, x: np.ndarray, chunk: ChunkConditions, positions: np.ndarray) -> None:
         for i, cache in enumerate(self.caches):
             outputs = self._evaluate(
                 i, x, self.schedule.num_steps, chunk.tokens[i], chunk.modulation[i], positions, chunk
