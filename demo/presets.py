@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from factorportrait.config import VAEConfig
 from factorportrait.model_config import CameraConfig, DiTConfig, ExpressionConfig, GenerationConfig, ModelConfig
 
-NUM_FRAMES = 29  # of a training clip: one latent frame of 1, seven of 4
-
 
 @dataclass(frozen=True)
 class PhaseSettings:
