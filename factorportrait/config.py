@@ -67,7 +67,7 @@ def checked_value(kind: Any, value: Any, where: str) -> Any:
     """A parsed JSON value as an annotation wants it.
 
     Args:
-        kind: bool, int, float, str, a tuple, a union or a Mapping of these, Any, or a dataclass.
+        kind: bool, int, float, str, a dataclass, Any, or a tuple, a union or a Mapping of these.
         value: what the file says.
         where: what the error calls it.
 
@@ -80,7 +80,7 @@ def checked_value(kind: Any, value: Any, where: str) -> Any:
         found = json.dumps(value, default=repr, ensure_ascii=False)
         found = found if len(found) <= 60 else found[:57] + "..."
         raise CheckpointError(where, expected=_described(kind), found=found, action=CORRECT)
-    return _converted(kind, value)
+    return _converted(kind, value, where)
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -109,6 +109,8 @@ def _fits(kind: Any, value: Any) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
+    if dataclasses.is_dataclass(kind):
+        return isinstance(value, (kind, Mapping))
     if origin in (Union, types.UnionType):
         return any(_fits(part, value) for part in parts)
     if origin is tuple:
@@ -127,14 +129,18 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
 
 
-def _converted(kind: Any, value: Any) -> Any:
+def _converted(kind: Any, value: Any, where: str) -> Any:
     """A value that fits."""
     origin, parts = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else config_from_dict(kind, value, where)
     if origin in (Union, types.UnionType):
-        return _converted(next(part for part in parts if _fits(part, value)), value)
+        return _converted(next(part for part in parts if _fits(part, value)), value, where)
     if origin is tuple:
         each = parts[:1] * len(value) if parts[1:] == (...,) else parts
-        return tuple(map(_converted, each, value))
+        return tuple(_converted(part, item, f"{where}: {i}") for i, (part, item) in enumerate(zip(each, value, strict=True)))
+    if origin is Mapping:
+        return {name: _converted(parts[1], item, f"{where}: {name}") for name, item in value.items()}
     return float(value) if kind is float else value
 
 
@@ -148,7 +154,7 @@ def _described(kind: Any) -> str:
         number = "" if parts[1:] == (...,) else f"{len(parts)} "
         items = _KINDS[parts[0]][1] if parts[0] in _KINDS else _described(parts[0])
         return f"a list of {number}{items}"
-    return _KINDS[kind][0]
+    return "a JSON object" if dataclasses.is_dataclass(kind) else _KINDS[kind][0]
 
 
 def _thawed(value: Any) -> Any:
