@@ -19,12 +19,12 @@ from factorportrait.runtime.media.mesh import check_faces, check_vertices
 
 
 class NormalRenderer:
-    """Camera-space normals of a mesh by ray casting with NVIDIA Warp, the same code for CPU and CUDA.
+    """Camera-space normals of a mesh by a depth buffer of rays with NVIDIA Warp, the same code for CPU and CUDA.
 
     Colours: RGB = (n + 1) / 2 with x right, y up, z to the viewer; background black. Smooth, area-weighted vertex
     normals; surfaces seen from behind show their near side. `supersample` 2 averages 2x2 rays per pixel (colours, so
     outlines blend with black); 1 casts one ray through the pixel's centre.
-    The tree over the triangles is built once per topology and refitted for every frame.
+    Which triangles meet in a vertex is found once per topology.
 
     Raises:
         UserError: warp is not installed, or has no such device.
@@ -55,6 +55,8 @@ class NormalRenderer:
         self.height, self.width, self.supersample = height, width, supersample
         self._wp, self._kernels = wp, normal_kernels
         self._faces: np.ndarray | None = None
+        samples = height * supersample, width * supersample
+        self._nearest = wp.empty(samples, dtype=wp.int64, device=self._device)
         self._image = wp.empty((height, width, 3), dtype=wp.uint8, device=self._device)
 
     def __call__(self, vertices: np.ndarray, faces: np.ndarray, K: np.ndarray, c2w: np.ndarray) -> np.ndarray:
@@ -69,33 +71,29 @@ class NormalRenderer:
             self._build(vertices, check_faces("mesh", faces, len(vertices)))
         else:
             self._points.assign(vertices)
-            self._mesh.refit()
         K, c2w = np.asarray(K, np.float64), np.asarray(c2w, np.float64)
-        wp.launch(
-            self._kernels.vertex_normals,
-            dim=len(vertices),
-            inputs=[self._points, self._indices, self._first, self._incident, self._normals],
-            device=self._device,
-        )
-        wp.launch(
-            self._kernels.render_normals,
-            dim=(self.height, self.width),
-            inputs=[
-                self._mesh.id,
-                self._indices,
-                self._normals,
-                wp.mat33(*(c2w[:3, :3] @ np.linalg.inv(K)).ravel().tolist()),
-                wp.mat33(*c2w[:3, :3].T.ravel().tolist()),
-                wp.vec3(*c2w[:3, 3].tolist()),
-                self.supersample,
-                self._image,
-            ],
-            device=self._device,
-        )
+        camera_to_pixel, pixel_to_camera = (wp.mat33(*matrix.ravel().tolist()) for matrix in (K, np.linalg.inv(K)))
+        mesh = [self._seen, self._indices]
+        self._launch(
+            self._kernels.vertex_normals, len(vertices), self._points, self._indices, self._first, self._incident,
+            wp.mat33(*c2w[:3, :3].T.ravel().tolist()), wp.vec3(*c2w[:3, 3].tolist()), self._normals, self._seen,
+        )  # fmt: skip
+        self._nearest.fill_(self._kernels.EMPTY)
+        self._launch(
+            self._kernels.nearest_faces, len(self._faces), *mesh, camera_to_pixel, pixel_to_camera, self.supersample,
+            self._nearest,
+        )  # fmt: skip
+        self._launch(
+            self._kernels.shade, (self.height, self.width), *mesh, self._normals, pixel_to_camera, self.supersample,
+            self._nearest, self._image,
+        )  # fmt: skip
         return self._image.numpy().copy()
 
+    def _launch(self, kernel, dim: int | tuple[int, int], *inputs) -> None:
+        self._wp.launch(kernel, dim=dim, inputs=list(inputs), device=self._device)
+
     def _build(self, vertices: np.ndarray, faces: np.ndarray) -> None:
-        """Tree, and for every vertex the list of its triangles."""
+        """For every vertex the list of its triangles."""
         wp = self._wp
         corners = faces.ravel()
         order = np.argsort(corners, kind="stable")
@@ -105,8 +103,7 @@ class NormalRenderer:
         self._indices = wp.array(corners, dtype=wp.int32, device=self._device)
         self._first = wp.array(first, dtype=wp.int32, device=self._device)
         self._incident = wp.array((order // 3).astype(np.int32), dtype=wp.int32, device=self._device)
-        self._normals = wp.empty(len(vertices), dtype=wp.vec3, device=self._device)
-        self._mesh = wp.Mesh(self._points, self._indices)
+        self._normals, self._seen = (wp.empty(len(vertices), dtype=wp.vec3, device=self._device) for _ in range(2))
         self._faces = faces.copy()
 
 
