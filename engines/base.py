@@ -1,38 +1,188 @@
-"""What a back end offers: stages of a bundle, loaded once and run by tensor name."""
+"""What a back end offers: memory on its device, and the stages of a bundle bound to that memory by tensor name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
 
 import numpy as np
 
-from factorportrait.bundle import StageSpec
+from factorportrait.bundle import StageSpec, TensorSpec
 
+# Memory of an engine: a NumPy array on the CPU, a torch.Tensor for PyTorch, a DeviceArray elsewhere. All have `shape` and `dtype`.
+Buffer = Any
+Buffers = Mapping[str, Buffer]
 Arrays = Mapping[str, np.ndarray]
+# Runs a bound stage once, on what its inputs hold now.
+Call = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """Contiguous memory on a device that NumPy cannot see.
+
+    Attributes:
+        address: of the first byte.
+        dtype: as in `TensorSpec`, such as "float16".
+        owner: what frees the memory when the last array over it is gone.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    owner: Any
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def slots(self, start: int, stop: int) -> DeviceArray:
+        """See `Engine.slots`."""
+        batch, _, *rest = self.shape
+        if batch != 1:
+            raise ValueError(f"slots of {list(self.shape)}: the batch must be 1")
+        offset = start * prod(rest) * np.dtype(self.dtype).itemsize
+        return DeviceArray(self.address + offset, (1, stop - start, *rest), self.dtype, self.owner)
 
 
 class Runner(Protocol):
-    """One loaded stage."""
+    """One loaded stage. `spec` says what it really takes and gives: names, dtypes and sizes."""
 
     spec: StageSpec
 
-    def run(self, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, np.ndarray]:
-        """Run the stage once.
+    def bind(self, inputs: Buffers, outputs: Buffers) -> Call:
+        """Tie the stage to memory. A call allocates nothing and always uses the same addresses, as a CUDA graph needs it.
 
         Args:
-            inputs: every input of the stage by name, C-contiguous, with the dtype of its spec.
-            outputs: arrays that the stage writes into, by output name. Outputs not named are allocated.
+            inputs, outputs: every input and output of the stage by name, contiguous, with the dtype of its spec. A buffer may be
+                both where the graph updates it in place (`Engine.in_place`).
 
-        Returns:
-            All outputs by name; those of `outputs` are the same objects.
+        Raises:
+            ValueError: a name, dtype or size does not fit.
         """
 
 
 class Engine(Protocol):
-    """A back end with its device."""
+    """A back end with its device. Calls run in order; on a GPU they return before the work is done.
+
+    Attributes:
+        name: what `--engine` calls it.
+        target: whose graphs of the bundle it runs: "cpu", "cuda" or "tensorrt".
+        device: where its buffers lie, such as "cpu" or "cuda:0".
+        in_place: a stage may write the memory that it reads, so `dit_inplace` works.
+    """
 
     name: str
+    target: str
+    device: str
+    in_place: bool
 
-    def load(self, spec: StageSpec) -> Runner:
-        """Load a stage of the bundle that the engine was opened with."""
+    def load(self, name: str) -> Runner:
+        """Load a stage of the bundle, once."""
+
+    def zeros(self, shape: Iterable[int], dtype: str) -> Buffer:
+        """New memory on the device, filled with zeros."""
+
+    def slots(self, buffer: Buffer, start: int, stop: int) -> Buffer:
+        """A view of entries `start` up to `stop` of axis 1; the batch is 1, so it is contiguous."""
+
+    def mirror(self, buffer: Buffer) -> np.ndarray:
+        """Where the host reads and writes what belongs into `buffer`: the array itself on the CPU, else host memory of its size."""
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy between device and host or within either; nothing where both are the same. A copy to the host waits for it."""
+
+
+class Mirrored:
+    """A buffer with its mirror on the host; on the CPU both are one array, and sending and fetching do nothing."""
+
+    def __init__(self, engine: Engine, buffer: Buffer):
+        self._engine, self.buffer, self.array = engine, buffer, engine.mirror(buffer)
+
+    def send(self) -> None:
+        """What was written into `array` goes to the device."""
+        self._engine.copy(self.array, self.buffer)
+
+    def fetch(self) -> np.ndarray:
+        """`array` with what the device holds."""
+        self._engine.copy(self.buffer, self.array)
+        return self.array
+
+
+class HostStage:
+    """A stage of fixed sizes that is fed from the host and answers there: fill `inputs`, call, read the results.
+
+    Args:
+        sizes: the symbolic sizes of its inputs.
+    """
+
+    def __init__(self, engine: Engine, name: str, **sizes: int):
+        runner = engine.load(name)
+        self.spec = runner.spec
+        inputs, outputs = (allocate(engine, side, sizes) for side in (runner.spec.inputs, runner.spec.outputs))
+        self._call = runner.bind(inputs, outputs)
+        self._inputs, self._outputs = (
+            {name: Mirrored(engine, buffer) for name, buffer in side.items()} for side in (inputs, outputs)
+        )
+        self.inputs = {name: mirrored.array for name, mirrored in self._inputs.items()}
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        """Results by name, overwritten by the next call. `arrays` are copied into `inputs` first."""
+        for name, array in arrays.items():
+            np.copyto(self.inputs[name], array, casting="no")
+        for mirrored in self._inputs.values():
+            mirrored.send()
+        self._call()
+        return {name: mirrored.fetch() for name, mirrored in self._outputs.items()}
+
+
+def allocate(engine: Engine, tensors: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Buffer]:
+    """A buffer for each tensor, its symbolic sizes replaced."""
+    return {tensor.name: engine.zeros(tensor_shape(tensor, sizes), tensor.dtype) for tensor in tensors}
+
+
+def tensor_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape with its symbolic sizes, such as "F" or "4*N", replaced."""
+
+    def number(size: int | str) -> int:
+        factor, _, name = str(size).rpartition("*")
+        return size if isinstance(size, int) else sizes[name] * int(factor or 1)
+
+    return tuple(number(size) for size in tensor.shape)
+
+
+def check_buffers(spec: StageSpec, inputs: Buffers, outputs: Buffers) -> None:
+    """Names, dtypes, ranks and sizes against the stage's; a wrong binding would read or write foreign memory.
+
+    Raises:
+        ValueError: something does not fit; it names the tensor.
+    """
+    sizes: dict[str, int] = {}
+    for side, tensors, buffers in (("inputs", spec.inputs, inputs), ("outputs", spec.outputs, outputs)):
+        names = {tensor.name for tensor in tensors}
+        if names != set(buffers):
+            missing, unknown = sorted(names - set(buffers)), sorted(set(buffers) - names)
+            raise ValueError(f"stage {spec.name}: missing {side} {missing}, unknown {unknown}")
+        for tensor in tensors:
+            buffer = buffers[tensor.name]
+            dtype, shape = dtype_name(buffer), tuple(buffer.shape)
+            if dtype != tensor.dtype or len(shape) != len(tensor.shape) or not _fits(tensor.shape, shape, sizes):
+                raise ValueError(f"stage {spec.name}: expected {tensor.describe()}, found {dtype} {list(shape)}")
+
+
+def dtype_name(buffer: Buffer) -> str:
+    """The dtype as in `TensorSpec`."""
+    return str(buffer.dtype).removeprefix("torch.")
+
+
+def _fits(wanted: tuple[int | str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    for want, size in zip(wanted, shape, strict=True):
+        if isinstance(want, str):
+            factor, _, name = want.rpartition("*")
+            want = sizes.setdefault(name, size // int(factor or 1)) * int(factor or 1)
+        if want != size:
+            return False
+    return True
+
