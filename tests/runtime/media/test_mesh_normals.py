@@ -103,7 +103,7 @@ def test_random_triangles_around_the_camera_equal_ray_casting(renderer):
     """Many reach behind the camera or far out of the picture; each has a colour of its own by its normal."""
     rng = np.random.default_rng(0)
     c2w = frontal()
-    start, along, across = (rng.normal(size=(60, 1, 3)) * size for size in (0.5, 0.8, 0.05))
+    start, along, across = (rng.normal(size=(200, 1, 3)) * size for size in (0.5, 0.8, 0.05))
     triangles = c2w[:3, 3] + np.concatenate([start, start + along, start + across], axis=1)
     triangles = triangles.astype(np.float32).astype(np.float64)
     K = np.array([[60.0, 0, 48], [0, 60, 48], [0, 0, 1]])
@@ -111,7 +111,7 @@ def test_random_triangles_around_the_camera_equal_ray_casting(renderer):
     depths = (triangles - c2w[:3, 3]) @ c2w[:3, 2]
     drawn = np.unique(expected[expected >= 0])
     assert len(drawn) > 8 and (depths[drawn].min(axis=1) < 0).sum() > 3
-    image = renderer(triangles.reshape(-1, 3).astype(np.float32), np.arange(180).reshape(-1, 3), K, c2w)
+    image = renderer(triangles.reshape(-1, 3).astype(np.float32), np.arange(600).reshape(-1, 3), K, c2w)
     flat = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
     flat /= np.linalg.norm(flat, axis=-1, keepdims=True)
     to_eye = c2w[:3, 3] - triangles[:, 0]
