@@ -6,11 +6,20 @@ import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 # Percentiles are of the latest chunks, so that a stream that never ends needs no more memory; totals are of all.
 KEPT_CHUNKS = 4096
+
+
+class Span(NamedTuple):
+    """When a stage ran, by `time.perf_counter_ns`."""
+
+    stage: str
+    start_ns: int
+    end_ns: int
 
 
 class Timings:
@@ -19,6 +28,9 @@ class Timings:
     A chunk's time is told twice. `busy`: inside the session, from the chunk's first driving frame to its pictures, without what the
     caller does in between. `wall`: since the chunk before (the first: since the reference), with everything: reading and rendering
     the driving, writing the video, and waiting.
+
+    `spans` is None, or a list that every run of a stage is appended to; whoever sets it takes them out again. The denoising steps of
+    a chunk are its spans "step" in order.
     """
 
     def __init__(self):
@@ -27,16 +39,20 @@ class Timings:
         self.num_frames = 0
         self.busy_s = 0.0
         self.first_frame_s: float | None = None
+        self.spans: list[Span] | None = None
         self._chunks: deque[tuple[float, float, int]] = deque(maxlen=KEPT_CHUNKS)
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start_ns = time.perf_counter_ns()
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            end_ns = time.perf_counter_ns()
+            self.seconds[stage] += 1e-9 * (end_ns - start_ns)
             self.calls[stage] += 1
+            if self.spans is not None:
+                self.spans.append(Span(stage, start_ns, end_ns))
 
     def add_chunk(self, busy_s: float, wall_s: float, num_frames: int) -> None:
         """A chunk of so many pictures is ready."""
