@@ -38,13 +38,11 @@ class DeviceArray:
     def nbytes(self) -> int:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def slots(self, start: int, stop: int) -> DeviceArray:
-        """See `Engine.slots`."""
-        batch, _, *rest = self.shape
-        if batch != 1:
-            raise ValueError(f"slots of {list(self.shape)}: the batch must be 1")
-        offset = start * prod(rest) * np.dtype(self.dtype).itemsize
-        return DeviceArray(self.address + offset, (1, stop - start, *rest), self.dtype, self.owner)
+    def view(self, shape: tuple[int, ...], start: int = 0) -> DeviceArray:
+        """See `Engine.view`."""
+        if start < 0 or start + prod(shape) > prod(self.shape):
+            raise ValueError(f"view of {list(self.shape)}: {list(shape)} from element {start} on is not inside")
+        return DeviceArray(self.address + start * np.dtype(self.dtype).itemsize, shape, self.dtype, self.owner)
 
 
 class Runner(Protocol):
@@ -85,8 +83,8 @@ class Engine(Protocol):
     def zeros(self, shape: Iterable[int], dtype: str) -> Buffer:
         """New memory on the device, filled with zeros."""
 
-    def slots(self, buffer: Buffer, start: int, stop: int) -> Buffer:
-        """A view of entries `start` up to `stop` of axis 1; the batch is 1, so it is contiguous."""
+    def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
+        """The memory of `buffer` from element `start` on, seen with another shape."""
 
     def mirror(self, buffer: Buffer) -> np.ndarray:
         """Where the host reads and writes what belongs into `buffer`: the array itself on the CPU, else host memory of its size."""
@@ -136,6 +134,12 @@ class HostStage:
             mirrored.send()
         self._call()
         return {name: mirrored.fetch() for name, mirrored in self._outputs.items()}
+
+
+def slots(engine: Engine, buffer: Buffer, start: int, stop: int) -> Buffer:
+    """Entries `start` up to `stop` of axis 1 of buffer [1, S, ...], without a copy."""
+    _, _, *rest = buffer.shape
+    return engine.view(buffer, (1, stop - start, *rest), start * prod(rest))
 
 
 def allocate(engine: Engine, tensors: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Buffer]:
