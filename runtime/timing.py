@@ -29,8 +29,8 @@ class Timings:
     caller does in between. `wall`: since the chunk before (the first: since the reference), with everything: reading and rendering
     the driving, writing the video, and waiting.
 
-    `spans` is None, or a list that every run of a stage is appended to; whoever sets it takes them out again. The denoising steps of
-    a chunk are its spans "step" in order.
+    `spans` is None, or a list that every run of a stage is appended to; whoever sets it takes them out again. The denoising
+    steps of a chunk are its spans "step" in order.
     """
 
     def __init__(self):
