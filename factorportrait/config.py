@@ -76,6 +76,10 @@ def checked_value(kind: Any, value: Any, where: str) -> Any:
     """
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else config_from_dict(kind, value, where)
+    if get_origin(kind) in (Union, types.UnionType) and isinstance(value, Mapping):
+        parts = [part for part in get_args(kind) if dataclasses.is_dataclass(part)]
+        if parts:
+            return config_from_dict(parts[0], value, where)
     if not _fits(kind, value):
         found = json.dumps(value, default=repr, ensure_ascii=False)
         found = found if len(found) <= 60 else found[:57] + "..."
@@ -146,6 +150,8 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
 
 def _described(kind: Any) -> str:
     origin, parts = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return "a JSON object"
     if origin in (Union, types.UnionType):
         return " or ".join(map(_described, parts))
     if origin is Mapping:
@@ -158,12 +164,14 @@ def _described(kind: Any) -> str:
 
 
 def _thawed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_dict(value)
     return [_thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of a causal video VAE with the structure of Wan 2.1.
+    """Sizes of a causal video VAE with the structure of Wan 2.1, or with `residual_resampling` that of Wan 2.2.
 
     Attributes:
         base_dim: channels of the encoder's first level; level i has `base_dim * dim_mult[i]`.
@@ -176,6 +184,8 @@ class VAEConfig:
         patch_size: pixels of a patch are packed on channels before the first convolution; None for no packing.
         in_channels, out_channels: channels of a pixel, before packing.
         latents_mean, latents_std: of the raw latents, one number per channel; None for 0 and 1.
+        residual_resampling: Wan 2.2: every level has a shortcut around it that only averages or repeats, and upsampling
+            keeps the channels.
     """
 
     base_dim: int
@@ -190,6 +200,7 @@ class VAEConfig:
     out_channels: int = 3
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    residual_resampling: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "base_dim", "z_dim", "dim_mult", "num_res_blocks", "decoder_base_dim", "patch_size")
@@ -208,6 +219,10 @@ class VAEConfig:
                     name, expected=f"{self.z_dim} numbers, one per latent channel", found=str(len(value)), action=CORRECT
                 )
         require_positive(self, "latents_std")
+        if self.residual_resampling and self.attn_scales:
+            raise CheckpointError(
+                "attn_scales", expected="an empty list, as Wan 2.2 has", found=str(list(self.attn_scales)), action=CORRECT
+            )
 
     @property
     def pixel_patch(self) -> int:

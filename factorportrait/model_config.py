@@ -9,12 +9,78 @@ from factorportrait.config import CORRECT, VAEConfig, config_from_dict, config_t
 from factorportrait.errors import CheckpointError
 
 STREAMS = ("reference", "noise", "camera", "pose")
+# What else public Wan models concatenate: a mask of the frames that are given, their latents, a control video's latents.
+WAN_STREAMS = ("mask", "image", "control")
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; slot 1 holds one frame
 
 
 @dataclass(frozen=True)
+class FaceConfig:
+    """Face motion of Wan2.2-Animate: picture -> motion code -> tokens per latent frame -> adapters behind blocks.
+
+    Attributes:
+        image_size: pixels of a side; a power of 2.
+        encoder_widths: channels at image_size, image_size/2, ... down to 4 pixels.
+        style_dim: width of the encoder's feature.
+        motion_dim: directions that a motion is a sum of.
+        code_dim: width of a frame's motion code.
+        hidden_dim, num_tokens: of the aggregator; a latent frame gets num_tokens of them and a padding token.
+        block_interval: an adapter follows block 0 and every block_interval-th after it.
+    """
+
+    image_size: int = 512
+    encoder_widths: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)
+    style_dim: int = 512
+    motion_dim: int = 20
+    code_dim: int = 512
+    hidden_dim: int = 1024
+    num_tokens: int = 4
+    block_interval: int = 5
+
+    def __post_init__(self):
+        object.__setattr__(self, "encoder_widths", tuple(self.encoder_widths))
+        require_positive(self, "image_size", "encoder_widths", "style_dim", "motion_dim", "code_dim", "hidden_dim")
+        require_positive(self, "num_tokens", "block_interval")
+        if self.image_size != 2 ** (len(self.encoder_widths) + 1):
+            raise CheckpointError(
+                "image_size", expected=f"{2 ** (len(self.encoder_widths) + 1)}, which encoder_widths halve to 4",
+                found=str(self.image_size), action=CORRECT,
+            )  # fmt: skip
+        if self.motion_dim > self.code_dim:
+            raise CheckpointError(
+                "motion_dim", expected=f"at most code_dim, {self.code_dim}", found=str(self.motion_dim), action=CORRECT
+            )
+
+
+@dataclass(frozen=True)
+class RayAdapterConfig:
+    """Camera adapter of Wan2.1-Fun Control-Camera: ray maps at the size of the frames -> added to the tokens.
+
+    Attributes:
+        channels: of a latent frame's ray map; 6 for each of 4 frames.
+        downscale: pixels of a side that become channels, the VAE's spatial stride.
+        num_blocks: residual blocks.
+    """
+
+    channels: int = 24
+    downscale: int = 8
+    num_blocks: int = 1
+
+    def __post_init__(self):
+        require_positive(self, "channels", "downscale", "num_blocks")
+
+
+@dataclass(frozen=True)
 class DiTConfig:
-    """A Wan-class transformer. `dim` must be a multiple of `num_heads`, and the head dimension even in each rotary part."""
+    """A Wan-class transformer. `dim` must be a multiple of `num_heads`, and the head dimension even in each rotary part.
+
+    Attributes:
+        text_dim: width of the prompt's embeddings; None for no cross-attention at all.
+        image_dim: width of a picture's embeddings, which cross-attention sees beside the text (I2V, Fun, Animate).
+        reference_channels: latents of a reference picture become slot 0 by a convolution of their own (Fun Control).
+        pose_channels: pose latents are embedded by a convolution of their own and added (Animate).
+        face, ray_adapter: see the classes.
+    """
 
     dim: int
     ffn_dim: int
@@ -29,11 +95,18 @@ class DiTConfig:
     text_dim: int | None = None
     rope_theta: float = 10000.0
     max_position: int = 1024
+    image_dim: int | None = None
+    reference_channels: int | None = None
+    pose_channels: int | None = None
+    face: FaceConfig | None = None
+    ray_adapter: RayAdapterConfig | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         require_positive(self, "dim", "ffn_dim", "num_heads", "num_layers", "out_channels", "patch_size", "freq_dim", "eps")
-        require_positive(self, "text_dim", "rope_theta", "max_position")
+        require_positive(self, "text_dim", "rope_theta", "max_position", "image_dim", "reference_channels", "pose_channels")
+        if self.image_dim is not None and self.text_dim is None:
+            raise CheckpointError("image_dim", expected="null without text_dim", found=str(self.image_dim), action=CORRECT)
         if self.freq_dim % 2:
             raise CheckpointError("freq_dim", expected="an even number", found=str(self.freq_dim), action=CORRECT)
         if self.dim % self.num_heads or self.head_dim % 2:
@@ -70,10 +143,11 @@ class FusionConfig:
     def __post_init__(self):
         object.__setattr__(self, "streams", tuple(self.streams))
         require_positive(self, "latent_channels")
-        if sorted(self.streams) != sorted(STREAMS):
+        known = (*STREAMS, *WAN_STREAMS)
+        if "noise" not in self.streams or len(set(self.streams)) < len(self.streams) or set(self.streams) - set(known):
             raise CheckpointError(
                 "streams",
-                expected=f"each of {', '.join(STREAMS)} once",
+                expected=f"noise, and each of {', '.join(name for name in known if name != 'noise')} at most once",
                 found=", ".join(self.streams),
                 action=CORRECT,
             )
@@ -87,7 +161,7 @@ class FusionConfig:
         return 24 if self.rays == "packed" else 6
 
     def channels(self, stream: str) -> int:
-        return self.ray_channels if stream == "camera" else self.latent_channels
+        return {"camera": self.ray_channels, "mask": FRAMES_PER_LATENT}.get(stream, self.latent_channels)
 
     @property
     def in_channels(self) -> int:
@@ -215,6 +289,13 @@ class ModelConfig:
                 action="use a version that knows this system",
             )
         require_positive(self, "height", "width", "fps")
+        if sorted(self.fusion.streams) != sorted(STREAMS):
+            raise CheckpointError(
+                "fusion: streams",
+                expected=f"each of {', '.join(STREAMS)} once",
+                found=", ".join(self.fusion.streams),
+                action=CORRECT,
+            )
         if self.vae.temporal_stride != FRAMES_PER_LATENT:
             raise CheckpointError(
                 "vae: temporal_downsample",
