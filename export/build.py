@@ -124,18 +124,18 @@ def build_bundle(
         for i, stage in enumerate(stages):
             on_progress(Progress(2 * i, num_steps, stage.name, "export"))
             graph = export_stage(stage)
-            file = write_graph(graph, folder, stage.name, external=external)[0]
+            file, *data = write_graph(graph, folder, stage.name, external=external)
             inputs, outputs = tensor_specs(graph.graph.inputs), tensor_specs(graph.graph.outputs)
             del graph
             on_progress(Progress(2 * i + 1, num_steps, stage.name, "check"))
             check = check_graph(folder / file, stage, outputs, cases.of(stage), threshold(precision))
-            specs[stage.name] = StageSpec(stage.name, file, inputs, outputs, check.to_dict())
+            specs[stage.name] = StageSpec(stage.name, file, inputs, outputs, check.to_dict(), tuple(data))
         neutral_code = model.expression["controller"].neutral_code
         write_arrays(folder / CONSTANTS, {NEUTRAL_CODE: neutral_code.numpy()})
         if (checkpoint / HEAD).is_file():
             shutil.copyfile(checkpoint / HEAD, folder / HEAD)
         manifest = Manifest(
-            config=model.config, precision=precision, stages=specs, source_key=key,
+            config=model.config, precision=precision, stages=specs, source_key=key, targets=("cpu", "cuda"),
             files={
                 path.name: FileEntry(sha256_file(path), path.stat().st_size) for path in sorted(folder.iterdir())
             },

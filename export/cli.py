@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from factorportrait.bundle import Bundle
+from factorportrait.bundle import Bundle, Manifest
 from factorportrait.command import run_command
 from factorportrait.export import build
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, is_shipped_checkpoint, shipped_checkpoint
@@ -107,10 +108,12 @@ def _inspect(options: argparse.Namespace) -> int:
     bundle = Bundle(options.bundle)
     if options.verify:
         bundle.verify()
-    if options.json:
-        print(json.dumps({**json.loads(bundle.manifest.to_json()), "bundle": str(bundle.path), "verified": options.verify}))
-        return 0
     manifest, config = bundle.manifest, bundle.config
+    if options.json:
+        sizes = {target: manifest.target_bytes(target) for target in manifest.targets}
+        known = {"bundle": str(bundle.path), "verified": options.verify, "target_bytes": sizes}
+        print(json.dumps(json.loads(manifest.to_json()) | known))
+        return 0
     console = Console()
     console.print(f"{bundle.path}", soft_wrap=True, markup=False)
     modes, generation = " and ".join(config.generation.modes), config.generation
@@ -121,6 +124,7 @@ def _inspect(options: argparse.Namespace) -> int:
         f"modes {modes}, chunk {generation.chunk_frames}, window {generation.window_frames}, {generation.denoising_steps} steps",
         f"{len(manifest.files)} files, {_megabytes(bundle.total_bytes())}, digests "
         + ("match" if options.verify else "not read (--verify does)"),
+        "a target loads: " + ", ".join(f"{target} {_megabytes(manifest.target_bytes(target))}" for target in manifest.targets),
         "made with " + ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("versions", {}).items()),
     ]
     for line in lines:
@@ -130,13 +134,22 @@ def _inspect(options: argparse.Namespace) -> int:
         table.add_column(column)
     table.add_column("size", justify="right")
     table.add_column("relative error", justify="right")
-    for stage in manifest.stages.values():
+    own = ((target, stage) for target, stages in manifest.variants.items() for stage in stages.values())
+    for target, stage in (*((None, stage) for stage in manifest.stages.values()), *own):
         error = f"{stage.check['max_relative']:.1e}" if "max_relative" in stage.check else "?"
-        sides = (escape(_tensors(side)) for side in (stage.inputs, stage.outputs))
-        num_bytes = sum(entry.bytes for name, entry in manifest.files.items() if name in (stage.file, f"{stage.file}.data"))
-        table.add_row(stage.name, *sides, _megabytes(num_bytes), error)
+        sides = (escape(_tensors(side)) for side in (stage.inputs, stage.outputs)) if target is None else ("as above", "")
+        name = stage.name if target is None else f"{stage.name} for {target}"
+        table.add_row(name, *sides, _megabytes(manifest.bytes_of(stage)), error)
     console.print(table)
+    if shared := [name for name, num in _uses(manifest).items() if num > 1]:
+        console.print(f"shared by several graphs, counted in each: {', '.join(shared)}", soft_wrap=True, markup=False)
     return 0
+
+
+def _uses(manifest: Manifest) -> Counter[str]:
+    """How many graphs refer to each file."""
+    own = (spec for stages in manifest.variants.values() for spec in stages.values())
+    return Counter(name for spec in (*manifest.stages.values(), *own) for name in spec.files)
 
 
 def _tensors(specs) -> str:

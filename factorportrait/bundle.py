@@ -1,7 +1,7 @@
 """A bundle: a folder of graphs with a manifest that says what they take, what they give and what they were made from.
 
-manifest.json     schema, config, stages with named tensors, digest of every file, provenance
-*.onnx, *.data    graphs and the weights that they refer to
+manifest.json     schema, config, targets, stages with named tensors, digest of every file, provenance
+*.onnx, *.data    graphs and the weights that they refer to; graphs of one network share a file of weights
 constants.npz     small arrays that the runtime needs, such as the neutral expression code
 head.npz          optional: a mean head to pose when a source has only head angles
 """
@@ -23,11 +23,14 @@ from factorportrait.errors import BundleError, CheckpointError
 from factorportrait.files import sha256_file
 from factorportrait.model_config import ModelConfig
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.npz"
 NEUTRAL_CODE = "neutral_code"  # array of the constants: the expression code [E] of a face at rest
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "fp8")
+# Who runs a graph: ONNX Runtime on the CPU, ONNX Runtime on CUDA, TensorRT.
+TARGETS = ("cpu", "cuda", "tensorrt")
+SCHEMA_1_TARGETS = ("cpu", "cuda")  # its graphs hold attention in fp32, which TensorRT does not compile
 _EXPORT_AGAIN = "make the bundle again with fp-export"
 
 
@@ -45,13 +48,24 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One graph: its file, relative to the bundle, and its tensors in order."""
+    """One graph: its file, relative to the bundle, and its tensors in order.
+
+    Attributes:
+        check: errors against torch at export.
+        data: files of weights that the graph refers to, relative to the bundle; other graphs may share them.
+    """
 
     name: str
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    check: Mapping[str, float] = field(default_factory=dict)  # errors against torch at export
+    check: Mapping[str, float] = field(default_factory=dict)
+    data: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The graph and its weights."""
+        return (self.file, *self.data)
 
     def input(self, name: str) -> TensorSpec:
         """Raises BundleError if the graph has no such input."""
@@ -74,23 +88,46 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds."""
+    """What manifest.json holds.
+
+    Attributes:
+        stages: the graph of every stage for all targets that have no variant of it.
+        targets: who can run this bundle.
+        variants: target -> stage -> the graph for that target alone.
+        source_key: digest of everything that the export depends on.
+    """
 
     config: ModelConfig
     precision: str
     stages: Mapping[str, StageSpec]
     files: Mapping[str, FileEntry]
     provenance: Mapping[str, Any]
-    source_key: str  # digest of everything that the export depends on
+    source_key: str
+    targets: tuple[str, ...]
+    variants: Mapping[str, Mapping[str, StageSpec]] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    def target_stages(self, target: str) -> dict[str, StageSpec]:
+        """The graph of every stage as `target` runs it."""
+        return {**self.stages, **self.variants.get(target, {})}
+
+    def bytes_of(self, *specs: StageSpec) -> int:
+        """Bytes of the graphs and their weights; what several share is counted once."""
+        return sum(self.files[name].bytes for name in {name for spec in specs for name in spec.files})
+
+    def target_bytes(self, target: str) -> int:
+        """Bytes of everything that `target` loads: its graphs and their weights."""
+        return self.bytes_of(*self.target_stages(target).values())
 
     def to_json(self) -> str:
         data = {
             "schema": self.schema,
             "precision": self.precision,
+            "targets": list(self.targets),
             "source_key": self.source_key,
             "config": self.config.to_dict(),
-            "stages": {name: _stage_to_dict(stage) for name, stage in self.stages.items()},
+            "stages": _stages_to_dict(self.stages),
+            "variants": {target: _stages_to_dict(stages) for target, stages in self.variants.items()},
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
             "provenance": dict(self.provenance),
         }
@@ -120,10 +157,17 @@ class Manifest:
                 action="update factorportrait, or export with this version",
             )
         try:
-            stages = {name: _stage_from_dict(name, entry, where) for name, entry in data["stages"].items()}
             files = {
                 name: config_from_dict(FileEntry, entry, f"{where}: files") for name, entry in data["files"].items()
             }
+            if schema == 1:
+                data = _from_schema_1(data)
+            targets = checked_value(tuple[str, ...], data["targets"], f"{where}: targets")
+            stages = _stages_from_dict(data["stages"], where)
+            variants = {target: _stages_from_dict(entry, where) for target, entry in data["variants"].items()}
+            _check_targets(targets, variants, where)
+            for spec in (*stages.values(), *(spec for own in variants.values() for spec in own.values())):
+                _check_listed(spec, files, where)
             provenance = checked_value(Mapping[str, Any], data["provenance"], f"{where}: provenance")
             checked_value(Mapping[str, str], provenance.get("versions", {}), f"{where}: provenance: versions")
             return cls(
@@ -133,6 +177,8 @@ class Manifest:
                 files=files,
                 provenance=provenance,
                 source_key=checked_value(str, data["source_key"], f"{where}: source_key"),
+                targets=targets,
+                variants=variants,
                 schema=schema,
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -145,12 +191,50 @@ class Manifest:
             ) from error
 
 
+def _from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Schema 1 had one graph per stage, for ONNX Runtime, with the weights inside or beside it under the graph's name."""
+    stages = {
+        name: {**entry, "data": [f"{entry['file']}.data"] if f"{entry['file']}.data" in data["files"] else []}
+        for name, entry in data["stages"].items()
+    }
+    return {**data, "stages": stages, "targets": list(SCHEMA_1_TARGETS), "variants": {}}
+
+
+def _check_targets(targets: tuple[str, ...], variants: Mapping[str, Any], where: str) -> None:
+    if not targets or not set(targets) <= set(TARGETS):
+        raise BundleError(
+            f"{where}: targets", expected=f"some of {', '.join(TARGETS)}", found=", ".join(targets) or "none",
+            action=_EXPORT_AGAIN,
+        )  # fmt: skip
+    if not set(variants) <= set(targets):
+        raise BundleError(
+            f"{where}: variants", expected=f"targets of this bundle, {', '.join(targets)}", found=", ".join(variants),
+            action=_EXPORT_AGAIN,
+        )  # fmt: skip
+
+
+def _check_listed(spec: StageSpec, files: Mapping[str, FileEntry], where: str) -> None:
+    for name in spec.files:
+        if name not in files:
+            raise BundleError(
+                f"{where}: stage {spec.name}", expected="files that the manifest lists", found=name, action=_EXPORT_AGAIN
+            )
+
+
+def _stages_to_dict(stages: Mapping[str, StageSpec]) -> dict[str, Any]:
+    return {name: _stage_to_dict(stage) for name, stage in stages.items()}
+
+
+def _stages_from_dict(entries: Mapping[str, Any], where: str) -> dict[str, StageSpec]:
+    return {name: _stage_from_dict(name, entry, where) for name, entry in entries.items()}
+
+
 def _stage_to_dict(stage: StageSpec) -> dict[str, Any]:
     tensors = {
         side: [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in getattr(stage, side)]
         for side in ("inputs", "outputs")
     }
-    return {"file": stage.file, **tensors, "check": dict(stage.check)}
+    return {"file": stage.file, "data": list(stage.data), **tensors, "check": dict(stage.check)}
 
 
 def _stage_from_dict(name: str, entry: Mapping[str, Any], where: str) -> StageSpec:
@@ -160,7 +244,8 @@ def _stage_from_dict(name: str, entry: Mapping[str, Any], where: str) -> StageSp
     )
     file = checked_value(str, entry["file"], f"{where}: stage {name}: file")
     check = checked_value(Mapping[str, float], entry.get("check", {}), f"{where}: stage {name}: check")
-    return StageSpec(name, file, inputs, outputs, check)
+    weights = checked_value(tuple[str, ...], entry["data"], f"{where}: stage {name}: data")
+    return StageSpec(name, file, inputs, outputs, check, weights)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -209,16 +294,26 @@ class Bundle:
     def config(self) -> ModelConfig:
         return self.manifest.config
 
-    def stage(self, name: str) -> StageSpec:
-        """Raises BundleError if the bundle has no such stage."""
-        if name not in self.manifest.stages:
+    def stage(self, name: str, target: str | None = None) -> StageSpec:
+        """The graph of a stage as `target` runs it; without a target the one for targets without a variant.
+
+        Raises:
+            BundleError: the bundle has no such stage, or is not for that target.
+        """
+        manifest = self.manifest
+        if target is not None and target not in manifest.targets:
             raise BundleError(
                 f"bundle {self.path}",
-                expected=f"a stage {name}",
-                found=", ".join(self.manifest.stages),
-                action=_EXPORT_AGAIN,
+                expected=f"graphs for {target}",
+                found=f"graphs for {', '.join(manifest.targets)}",
+                action=f"export it for that target: fp-export CHECKPOINT --precision {manifest.precision} --target {target}",
             )
-        return self.manifest.stages[name]
+        stages = manifest.stages if target is None else manifest.target_stages(target)
+        if name not in stages:
+            raise BundleError(
+                f"bundle {self.path}", expected=f"a stage {name}", found=", ".join(stages), action=_EXPORT_AGAIN
+            )
+        return stages[name]
 
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists."""

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from factorportrait.bundle import SCHEMA, Bundle, Manifest
+from factorportrait.bundle import SCHEMA, SCHEMA_1_TARGETS, Bundle, Manifest
 from factorportrait.errors import BundleError
 
 
@@ -76,6 +76,79 @@ def test_one_flipped_bit(copy):
 def test_newer_schema(copy):
     edit(copy, lambda data: data.update(schema=SCHEMA + 1, stages="something else"))
     assert f"expected schema {SCHEMA} or older; found schema {SCHEMA + 1}; update factorportrait" in refused(copy)
+
+
+def add_variant(folder):
+    """A graph of time_embed for TensorRT alone, which has its weights in a file that another stage uses too."""
+    shutil.copy(folder / "time_embed.onnx", folder / "time_embed.tensorrt.onnx")
+    (folder / "shared.data").write_bytes(bytes(1000))
+
+    def change(data):
+        own = {**data["stages"]["time_embed"], "file": "time_embed.tensorrt.onnx", "data": ["shared.data"]}
+        data["stages"]["arkit_encoder"]["data"] = ["shared.data"]
+        data["files"]["time_embed.tensorrt.onnx"] = data["files"]["time_embed.onnx"]
+        data["files"]["shared.data"] = {"sha256": "0" * 64, "bytes": 1000}
+        data.update(targets=["cpu", "tensorrt"], variants={"tensorrt": {"time_embed": own}})
+
+    edit(folder, change)
+
+
+def test_a_variant_is_what_its_target_gets(copy):
+    add_variant(copy)
+    bundle = Bundle(copy)
+    assert bundle.stage("time_embed").file == bundle.stage("time_embed", "cpu").file == "time_embed.onnx"
+    assert bundle.stage("time_embed", "tensorrt").files == ("time_embed.tensorrt.onnx", "shared.data")
+    assert bundle.stage("dit", "tensorrt") == bundle.stage("dit")
+    assert Manifest.from_json(bundle.manifest.to_json(), "text") == bundle.manifest
+    # Weights that two graphs share count once.
+    sizes = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
+    graphs = [spec.file for spec in bundle.manifest.stages.values()]
+    assert bundle.manifest.target_bytes("cpu") == sum(sizes[name] for name in graphs) + 1000
+    assert bundle.manifest.target_bytes("tensorrt") == bundle.manifest.target_bytes("cpu")
+    with pytest.raises(BundleError, match="expected graphs for cuda; found graphs for cpu, tensorrt; .*--target cuda"):
+        bundle.stage("time_embed", "cuda")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda data: data.update(targets=[]), "targets; expected some of cpu, cuda, tensorrt; found none"),
+        (lambda data: data.update(targets=["cpu", "abacus"]), "found cpu, abacus"),
+        (lambda data: data.update(targets="cpu"), "targets; expected"),
+        (lambda data: data["variants"].update(cuda={}), "variants; expected targets of this bundle"),
+        (lambda data: data["variants"]["tensorrt"]["time_embed"].update(file="none.onnx"), "found none.onnx"),
+        (lambda data: data["variants"]["tensorrt"]["time_embed"].update(data=["none.data"]), "found none.data"),
+        (lambda data: data["variants"]["tensorrt"]["time_embed"].update(data="shared.data"), "data; expected"),
+        (lambda data: data["stages"]["dit"].pop("data"), "'data'"),
+        (lambda data: data.pop("targets"), "'targets'"),
+        (lambda data: data.pop("variants"), "'variants'"),
+    ],
+)
+def test_damaged_variants(copy, change, words):
+    add_variant(copy)
+    edit(copy, change)
+    assert words in refused(copy)
+
+
+def test_reads_schema_1(copy):
+    """No targets, no variants; weights beside a graph had its name."""
+    (copy / "dit.onnx.data").write_bytes(b"weights")
+    plain = json.loads((copy / "manifest.json").read_text())
+
+    def change(data):
+        data["schema"] = 1
+        del data["targets"], data["variants"]
+        for entry in data["stages"].values():
+            del entry["data"]
+        data["files"]["dit.onnx.data"] = {"sha256": "0" * 64, "bytes": 7}
+
+    edit(copy, change)
+    bundle = Bundle(copy)
+    assert bundle.manifest.targets == SCHEMA_1_TARGETS and not bundle.manifest.variants
+    assert bundle.stage("dit", "cuda").data == ("dit.onnx.data",)
+    assert bundle.stage("time_embed").data == tuple(plain["stages"]["time_embed"]["data"])
+    with pytest.raises(BundleError, match="expected graphs for tensorrt"):
+        bundle.stage("dit", "tensorrt")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])

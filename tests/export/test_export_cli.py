@@ -307,7 +307,8 @@ sys.exit(code)
 
 def test_inspect_json(tiny_bundle, capsys):
     data = exported(capsys, "inspect", tiny_bundle)
-    assert data["schema"] == 1 and data["verified"] is False
+    assert data["schema"] == 2 and data["verified"] is False
+    assert data["target_bytes"].keys() == set(data["targets"]) and data["target_bytes"]["cpu"] > 1000
     assert data["stages"]["dit"]["inputs"][0] == {
         "name": "noise_latents", "dtype": "float32", "shape": [1, 16, "F", 4, 4]
     }  # fmt: skip
