@@ -343,7 +343,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """One run. `interrupted`: somebody stopped it, and rows may be missing."""
+    """One run.
+
+    Attributes:
+        interrupted: somebody stopped it, and rows may be missing.
+        turns: a name that two reports share when their repetitions took turns; compare then pairs them.
+    """
 
     created: str  # ISO 8601, UTC
     command: tuple[str, ...]
@@ -356,6 +361,7 @@ class Report:
     results: tuple[Result, ...]
     seconds: float
     interrupted: bool = False
+    turns: str | None = None
     kind: str = KIND
     schema: int = SCHEMA
 
