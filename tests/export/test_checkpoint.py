@@ -158,4 +158,4 @@ def test_integer_weights(copy):
         tensors["head.head.bias"] = tensors["head.head.bias"].to(torch.int8)
 
     edit_weights(copy, "dit", damage)
-    assert "found torch.int8" in refused(copy)
+    assert "head.head.bias; expected float32, float16 or bfloat16; found I8" in refused(copy)

@@ -1,0 +1,1 @@
+"""Public checkpoints in: files, layouts, configs, LoRA."""
