@@ -136,6 +136,14 @@ class HostStage:
         return {name: mirrored.fetch() for name, mirrored in self._outputs.items()}
 
 
+def run_once(engine: Engine, name: str, arrays: Arrays) -> dict[str, np.ndarray]:
+    """Results of a stage for inputs of any size. It allocates everything anew: for checks, not for loops."""
+    sizes: dict[str, int] = {}
+    for tensor in engine.load(name).spec.inputs:
+        _fits(tensor.shape, arrays[tensor.name].shape, sizes)
+    return HostStage(engine, name, **sizes)(**arrays)
+
+
 def slots(engine: Engine, buffer: Buffer, start: int, stop: int) -> Buffer:
     """Entries `start` up to `stop` of axis 1 of buffer [1, S, ...], without a copy."""
     _, _, *rest = buffer.shape

@@ -1,22 +1,21 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU: buffers are NumPy arrays, and a bound stage writes straight into them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
 from factorportrait.bundle import Bundle, StageSpec
-from factorportrait.engines.base import Arrays
+from factorportrait.engines.base import Arrays, Call, check_buffers
 from factorportrait.errors import BundleError
-
-_DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "bool": np.bool_}
 
 
 class OrtRunner:
-    """One graph in ONNX Runtime. Bound runs write into the caller's arrays; eager runs allocate every output.
+    """One graph in ONNX Runtime. Bound calls write into the caller's arrays; eager ones allocate every output and copy it there.
 
     Both run the same kernels on the same data, so their results are equal to the bit (tests/runtime/test_session.py).
     """
@@ -24,69 +23,39 @@ class OrtRunner:
     def __init__(self, spec: StageSpec, path: Path, options: onnxruntime.SessionOptions, eager: bool):
         self.spec = spec
         self.eager = eager
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises classes of its own, which share no other base
-            raise BundleError(
-                f"graph {path}",
-                expected="a graph that ONNX Runtime can load",
-                found=str(error).splitlines()[0][:200],
-                action="make the bundle again with fp-export",
-            ) from error
-        self._binding = self._session.io_binding()
-        self._output_names = [output.name for output in spec.outputs]
-        found = [value.name for value in self._session.get_outputs()]
-        if found != self._output_names:
-            raise BundleError(
-                f"graph {path}",
-                expected=f"outputs {self._output_names}",
-                found=str(found),
-                action="make the bundle again with fp-export",
-            )
+        self._session = open_session(spec, path, options, ["CPUExecutionProvider"])
 
-    def run(self, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, np.ndarray]:
-        """See `factorportrait.engines.base.Runner.run`."""
-        check_inputs(self.spec, inputs)
+    def bind(self, inputs: Arrays, outputs: Arrays) -> Call:
+        """See `factorportrait.engines.base.Runner.bind`."""
+        check_buffers(self.spec, inputs, outputs)
+        inputs, outputs = dict(inputs), dict(outputs)  # these keep the memory alive
+        for name, array in (*inputs.items(), *outputs.items()):
+            if not array.flags.c_contiguous:
+                raise ValueError(f"stage {self.spec.name}: {name} is not contiguous")
+        session = self._session
         if self.eager:
-            values = self._session.run(self._output_names, dict(inputs))
-            return self._copy_out(dict(zip(self._output_names, values, strict=True)), outputs or {})
-        return self._run_bound(inputs, outputs or {})
 
-    def _run_bound(self, inputs: Arrays, outputs: Arrays) -> dict[str, np.ndarray]:
-        binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
+            def call() -> None:
+                for array, value in zip(outputs.values(), session.run(list(outputs), inputs), strict=True):
+                    array[...] = value
+
+            return call
+        binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name in self._output_names:
-            array = outputs.get(name)
-            if array is None:
-                binding.bind_output(name, "cpu")
-            else:
-                if not array.flags.c_contiguous:
-                    raise ValueError(f"stage {self.spec.name}: output {name} is not contiguous")
-                binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        self._session.run_with_iobinding(binding)
-        if len(outputs) == len(self._output_names):
-            return {name: outputs[name] for name in self._output_names}
-        values = binding.get_outputs()
-        return {
-            name: outputs[name] if name in outputs else value.numpy()
-            for name, value in zip(self._output_names, values, strict=True)
-        }
-
-    @staticmethod
-    def _copy_out(results: dict[str, np.ndarray], outputs: Arrays) -> dict[str, np.ndarray]:
         for name, array in outputs.items():
-            array[...] = results[name]
-            results[name] = array
-        return results
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+        def call(_memory=(inputs, outputs)) -> None:
+            session.run_with_iobinding(binding)
+
+        return call
 
 
 class OrtEngine:
     """The CPU back end: one session per stage, all with the same number of threads."""
 
-    name = "onnxruntime-cpu"
+    name, target, device, in_place = "onnxruntime-cpu", "cpu", "cpu", True
 
     def __init__(self, bundle: Bundle, threads: int | None = None, eager: bool = False):
         self.bundle = bundle
@@ -95,15 +64,25 @@ class OrtEngine:
         self._options = session_options(threads)
         self._runners: dict[str, OrtRunner] = {}
 
-    def load(self, spec: StageSpec) -> OrtRunner:
-        """Load a stage once."""
-        if spec.name not in self._runners:
-            self._runners[spec.name] = OrtRunner(spec, self.bundle.file(spec.file), self._options, self.eager)
-        return self._runners[spec.name]
+    def load(self, name: str) -> OrtRunner:
+        """See `factorportrait.engines.base.Engine`."""
+        if name not in self._runners:
+            spec = self.bundle.stage(name, self.target)
+            self._runners[name] = OrtRunner(spec, self.bundle.file(spec.file), self._options, self.eager)
+        return self._runners[name]
 
-    def load_all(self, specs: Iterable[StageSpec]) -> None:
-        for spec in specs:
-            self.load(spec)
+    def zeros(self, shape: Iterable[int], dtype: str) -> np.ndarray:
+        return np.zeros(tuple(shape), dtype)
+
+    def view(self, buffer: np.ndarray, shape: tuple[int, ...], start: int = 0) -> np.ndarray:
+        return buffer.reshape(-1)[start : start + prod(shape)].reshape(shape)
+
+    def mirror(self, buffer: np.ndarray) -> np.ndarray:
+        return buffer
+
+    def copy(self, source: np.ndarray, target: np.ndarray) -> None:
+        if source is not target:
+            np.copyto(target, source, casting="no")
 
 
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
@@ -116,27 +95,24 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
-def check_inputs(spec: StageSpec, inputs: Arrays) -> None:
-    """Names, dtypes, ranks and fixed sizes of `inputs` against the stage's; a wrong binding would read foreign memory.
+def open_session(
+    spec: StageSpec, path: Path, options: onnxruntime.SessionOptions, providers: list
+) -> onnxruntime.InferenceSession:
+    """Load a graph.
 
     Raises:
-        ValueError: something does not fit; it names the tensor.
+        BundleError: ONNX Runtime refuses it, or its outputs are not the manifest's.
     """
-    names = {tensor.name for tensor in spec.inputs}
-    if names != set(inputs):
-        raise ValueError(
-            f"stage {spec.name}: missing inputs {sorted(names - set(inputs))}, unknown {sorted(set(inputs) - names)}"
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ONNX Runtime raises classes of its own, which share no other base
+        raise BundleError(
+            f"graph {path}", expected="a graph that ONNX Runtime can load", found=str(error).splitlines()[0][:200],
+            action="make the bundle again with fp-export",
+        ) from error  # fmt: skip
+    expected, found = [tensor.name for tensor in spec.outputs], [value.name for value in session.get_outputs()]
+    if found != expected:
+        raise BundleError(
+            f"graph {path}", expected=f"outputs {expected}", found=str(found), action="make the bundle again with fp-export"
         )
-    symbols: dict[str, int] = {}
-    for tensor in spec.inputs:
-        array = inputs[tensor.name]
-        fits = array.dtype == _DTYPES[tensor.dtype] and array.ndim == len(tensor.shape) and array.flags.c_contiguous
-        fits = fits and all(
-            size == (wanted if isinstance(wanted, int) else symbols.setdefault(wanted, size))
-            for wanted, size in zip(tensor.shape, array.shape, strict=True)
-        )
-        if not fits:
-            layout = "" if array.flags.c_contiguous else ", not contiguous"
-            raise ValueError(
-                f"stage {spec.name}: expected {tensor.describe()}, found {array.dtype} {list(array.shape)}{layout}"
-            )
+    return session

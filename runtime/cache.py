@@ -1,66 +1,178 @@
-"""Keys and values of the frames that a chunk looks back on: the reference as sink, then a ring of latent frames."""
+"""Keys and values of the frames that a chunk looks back on: slot 0 is the reference (the sink), then a ring of latent frames.
+
+Keys are stored unrotated, so their positions are data: the sink has 0, and the frames of the window count from 1 however long the
+stream runs. While the ring fills, its used part is a prefix: a view of it is contiguous, with no copy and no mask.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
+from factorportrait.engines.base import Buffer, Buffers, Engine, Mirrored, Runner, allocate, slots
+from factorportrait.errors import UserError
 
-class KVCache:
-    """Static memory for one condition set.
+KINDS = ("auto", "inplace", "concat")
 
-    Every block's buffer is [1, 1 + ring, T, D]: entry 0 is the reference (the sink), entry 1 + f % ring the latent frame f.
-    Keys are stored unrotated, so their positions are data: the sink has 0, and the frames of the window count from 1 however
-    long the stream runs. While the ring fills, its used part is a prefix: a view of it is contiguous, with no copy and no mask.
+
+def choose_cache(
+    kind: str, *, engine_in_place: bool, stages: Collection[str], chunk_frames: int, window_frames: int
+) -> tuple[bool, str]:
+    """Is the cache updated in place, and why (not)?
+
+    Args:
+        kind: of `KINDS`; "auto" updates in place wherever that works.
+        engine_in_place: `Engine.in_place`.
+        stages: names of the bundle's stages for that engine.
+
+    Raises:
+        UserError: not of `KINDS`, or "inplace" where it does not work.
+    """
+    if kind not in KINDS:
+        raise UserError("--cache", expected=" or ".join(KINDS), found=kind, action="leave it out to have it chosen")
+    obstacle = ""
+    if window_frames % chunk_frames:
+        obstacle = f"a window of {window_frames} latent frames is no multiple of a chunk of {chunk_frames}"
+    elif not engine_in_place:
+        obstacle = "the engine cannot write what it reads"
+    elif "dit_inplace" not in stages:
+        obstacle = "the bundle has no stage dit_inplace: it was made by an older version"
+    if kind == "inplace" and obstacle:
+        raise UserError("--cache inplace", expected="a cache that can be", found=obstacle, action="use --cache concat")
+    if kind == "concat" or obstacle:
+        return False, obstacle or "asked for"
+    return True, "asked for" if kind == "inplace" else "no copies"
+
+
+class _Cache:
+    """Static memory for all condition sets: per set and block keys and values [1, slots, T, D]."""
+
+    def __init__(self, engine: Engine, dit: Runner, num_sets: int, num_slots: int, window_frames: int, prefix: str):
+        self._engine = engine
+        self.ring, self.window_frames = num_slots - 1, window_frames  # entries behind the sink
+        _, _, tokens, dim = dit.spec.input("condition_tokens").shape
+        tensors = [tensor for tensor in dit.spec.inputs if tensor.name.startswith((f"{prefix}_k.", f"{prefix}_v."))]
+        self._memory: list[dict[str, Buffer]] = [
+            {tensor.name.partition("_")[2]: engine.zeros((1, num_slots, tokens, dim), tensor.dtype) for tensor in tensors}
+            for _ in range(num_sets)
+        ]
+        self.nbytes = num_sets * num_slots * tokens * dim * sum(np.dtype(tensor.dtype).itemsize for tensor in tensors)
+        self._integers: dict[tuple[str, int], Mirrored] = {}
+
+    def _fill(self, name: str, values: np.ndarray) -> None:
+        mirrored = self._integer(name, len(values))
+        mirrored.array[:] = values
+        mirrored.send()
+
+    def _integer(self, name: str, size: int) -> Mirrored:
+        if (name, size) not in self._integers:
+            self._integers[name, size] = Mirrored(self._engine, self._engine.zeros((size,), "int64"))
+        return self._integers[name, size]
+
+
+class ConcatCache(_Cache):
+    """For `dit`: it is given the past and gives the chunk's keys and values, which are copied into the ring when the chunk is done.
+
+    The ring holds the window without the chunk. In clip mode there are no slots and nothing is kept.
     """
 
-    def __init__(self, num_blocks: int, window_frames: int, chunk_frames: int, tokens: int, dim: int, dtype=np.float32):
-        self.window_frames = window_frames
-        self.ring = window_frames - chunk_frames
-        shape = (1, 1 + self.ring, tokens, dim)
-        self.keys = [np.zeros(shape, dtype) for _ in range(num_blocks)]
-        self.values = [np.zeros(shape, dtype) for _ in range(num_blocks)]
-        self._frame_of_entry = np.full(self.ring, -1, np.int64)
+    stage = "dit"
 
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+    def __init__(self, engine: Engine, dit: Runner, num_sets: int, chunk_frames: int, window_frames: int, *, clip: bool = False):
+        super().__init__(engine, dit, num_sets, 0 if clip else 1 + window_frames - chunk_frames, window_frames, "past")
+        self._spec, self._new = dit.spec, {}
 
-    def reset(self) -> None:
-        """Forget all frames; the sink stays until it is written again."""
-        self._frame_of_entry[:] = -1
+    def place(self, first_frame: int | None, num_frames: int) -> int:
+        """Say which frames come next, the reference being None; gives the number of slots that they look back on."""
+        if first_frame is None or self.ring < 0:
+            return 0
+        frames = ring_frames(self.ring, first_frame)
+        positions = frame_positions(frames, first_frame + num_frames, self.window_frames)
+        self._fill("past_positions", np.concatenate([[0], positions]))
+        return 1 + len(frames)
 
-    def write_sink(self, block: int, key: np.ndarray, value: np.ndarray) -> None:
-        """key, value [1, 1, T, D]."""
-        self.keys[block][:, :1] = key
-        self.values[block][:, :1] = value
+    def tensors(self, index: int, num_frames: int, used: int) -> tuple[Buffers, Buffers]:
+        """What to bind for set `index`, by the names of the stage."""
+        past = {f"past_{name}": slots(self._engine, memory, 0, used) for name, memory in self._memory[index].items()}
+        return {"past_positions": self._integer("past_positions", used).buffer, **past}, self._outputs(num_frames)
 
-    def entries(self, first_frame: int, num_frames: int) -> np.ndarray:
-        """Ring entries, 0-based behind the sink, that the frames are written to; earlier frames that do not fit are left out."""
-        frames = np.arange(max(first_frame, first_frame + num_frames - self.ring), first_frame + num_frames)
-        return frames % self.ring if self.ring else frames[:0]
+    def commit(self, index: int, first_frame: int | None, num_frames: int) -> None:
+        """Keep what the latest run gave. Frames that do not fit are left out; so are all of them in clip mode."""
+        for source, target, count in self._moves(first_frame, num_frames):
+            for name, memory in self._memory[index].items():
+                new = slots(self._engine, self._outputs(num_frames)[f"new_{name}"], source, source + count)
+                self._engine.copy(new, slots(self._engine, memory, target, target + count))
 
-    def commit(self, block: int, first_frame: int, key: np.ndarray, value: np.ndarray) -> None:
-        """Store the clean keys and values [1, N, T, D] of a finished chunk; call `advance` after the last block."""
-        entries = self.entries(first_frame, key.shape[1])
-        skipped = key.shape[1] - len(entries)
-        for i, entry in enumerate(entries):
-            self.keys[block][:, 1 + entry] = key[:, skipped + i]
-            self.values[block][:, 1 + entry] = value[:, skipped + i]
+    def _moves(self, first_frame: int | None, num_frames: int) -> list[tuple[int, int, int]]:
+        """Runs of slots (from, to, how many) that lie one behind the other in the chunk and in the memory."""
+        if first_frame is None:
+            return [(0, 0, 1)]
+        moves, source = [], max(0, num_frames - self.ring)
+        while self.ring > 0 and source < num_frames:
+            entry = (first_frame + source) % self.ring
+            count = min(num_frames - source, self.ring - entry)
+            moves.append((source, 1 + entry, count))
+            source += count
+        return moves
 
-    def advance(self, first_frame: int, num_frames: int) -> None:
-        """Say that the frames are in the ring now."""
-        entries = self.entries(first_frame, num_frames)
-        end = first_frame + num_frames
-        self._frame_of_entry[entries] = np.arange(end - len(entries), end)
+    def _outputs(self, num_frames: int) -> dict[str, Buffer]:
+        # The sets share them: a set's run is committed before the next set's.
+        if num_frames not in self._new:
+            tensors = [tensor for tensor in self._spec.outputs if tensor.name.startswith("new_")]
+            self._new[num_frames] = allocate(self._engine, tensors, {"F": num_frames})
+        return self._new[num_frames]
 
-    def past(self, chunk_end: int) -> tuple[int, np.ndarray]:
-        """Entries that a chunk ending before frame `chunk_end` sees, the sink among them, and their positions [entries] int64."""
-        used = int((self._frame_of_entry >= 0).sum())
-        positions = np.zeros(1 + used, np.int64)
-        positions[1:] = frame_positions(self._frame_of_entry[:used], chunk_end, self.window_frames)
-        return 1 + used, positions
+
+class InPlaceCache(_Cache):
+    """For `dit_inplace`: it writes the chunk's keys and values into the ring itself, and attends to all used slots.
+
+    The ring holds the window with the chunk, a multiple of it: a chunk's slots are those of the frames that leave the window. Every
+    step writes them anew, and the commit pass leaves the clean values there, so nothing is ever copied.
+    """
+
+    stage = "dit_inplace"
+
+    def __init__(self, engine: Engine, dit: Runner, num_sets: int, window_frames: int):
+        _, _, self._tokens, _ = dit.spec.input("condition_tokens").shape
+        rows = dit.spec.input("cache_k.0").shape[2]
+        # TensorRT wants a fixed number of slots: its graph takes the whole memory, and sees as many as `key_positions` has.
+        self._capacity = rows // self._tokens if isinstance(rows, int) else None
+        super().__init__(engine, dit, num_sets, self._capacity or 1 + window_frames, window_frames, "cache")
+        self.ring = window_frames
+
+    def place(self, first_frame: int | None, num_frames: int) -> int:
+        """Say which frames come next, the reference being None; gives the number of slots that they see, their own among them."""
+        frames = ring_frames(self.ring, 0 if first_frame is None else first_frame + num_frames)
+        start = 0 if first_frame is None else 1 + first_frame % self.ring
+        if start + num_frames > 1 + self.ring:
+            raise ValueError(f"frames {first_frame} to {first_frame + num_frames - 1} do not lie together in a ring of {self.ring}")
+        end = 0 if first_frame is None else first_frame + num_frames
+        self._fill("key_positions", np.concatenate([[0], frame_positions(frames, end, self.window_frames)]))
+        self._fill("write_index", np.array([start]))
+        return 1 + len(frames)
+
+    def tensors(self, index: int, num_frames: int, used: int) -> tuple[Buffers, Buffers]:
+        """What to bind for set `index`, by the names of the stage: the same memory goes in and comes out."""
+        integers = {name: self._integer(name, size).buffer for name, size in (("key_positions", used), ("write_index", 1))}
+        inputs, outputs = integers, {}
+        for name, memory in self._memory[index].items():
+            *_, dim = memory.shape
+            part, block = name.split(".")
+            row = self._engine.view(memory, (1, 1, (self._capacity or used) * self._tokens, dim))
+            inputs[f"cache_{name}"] = outputs[f"cache_{part}_out.{block}"] = row
+        return inputs, outputs
+
+    def commit(self, index: int, first_frame: int | None, num_frames: int) -> None:
+        """Nothing to do: the latest run left it in its place."""
 
 
 def frame_positions(frames: np.ndarray, chunk_end: int, window_frames: int) -> np.ndarray:
     """Rotary positions of latent frames (0-based) for a chunk that ends before frame `chunk_end`: 1..window_frames."""
     return 1 + frames - max(0, chunk_end - window_frames)
+
+
+def ring_frames(ring: int, end: int) -> np.ndarray:
+    """Latent frames in the used entries of a ring after all frames before `end` were written, frame f into entry f % ring."""
+    entries = np.arange(min(ring, end))
+    return end - 1 - (end - 1 - entries) % ring if len(entries) else entries

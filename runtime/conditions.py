@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from factorportrait.engines.base import Runner
+from factorportrait.engines.base import Buffer, Call, Engine, HostStage, Mirrored, allocate, slots
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.loop import ChunkConditions
@@ -48,13 +48,10 @@ class Group:
 class GroupEncoder:
     """Encodes driving frames one by one and gives a `Group` whenever a latent frame has all of its frames."""
 
-    def __init__(self, config: ModelConfig, runners: Mapping[str, Runner], timings: Timings):
+    def __init__(self, config: ModelConfig, engine: Engine, timings: Timings):
         self.config, self.timings = config, timings
-        self._runners = runners
-        self._pose = StreamingVAE(runners["vae_encode_first"], runners["vae_encode_steady"], "frames", "latents")
-        self._pixels = {n: np.zeros((1, 3, n, config.height, config.width), np.float32) for n in (1, FRAMES_PER_LATENT)}
-        side = config.expression.image_size
-        self._image = np.zeros((1, 3, side, side), np.float32)
+        self._pose = StreamingVAE(engine, "encode")
+        self._expression, self._arkit = HostStage(engine, "expression_encoder", B=1), HostStage(engine, "arkit_encoder", B=1)
         self._codes: list[np.ndarray] = []
         self._rays: list[np.ndarray] = []
         self._first = True
@@ -65,6 +62,14 @@ class GroupEncoder:
         self._rays.clear()
         self._first = True
 
+    def encode_reference(self, portrait: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] -> latents [1,16,1,h,w], which the next clip overwrites; begins a new clip."""
+        self.reset()
+        to_unit(portrait, self._pose.input[0, :, 0])
+        latents = self._pose()
+        self.reset()
+        return latents
+
     @property
     def num_waiting(self) -> int:
         """Frames of a group that is not complete."""
@@ -72,7 +77,6 @@ class GroupEncoder:
 
     def push(self, frame: DrivingFrame) -> Group | None:
         size = 1 if self._first else FRAMES_PER_LATENT
-        pixels = self._pixels[size]
         expected = (self.config.height, self.config.width, 3)
         if frame.normals.shape != expected or frame.normals.dtype != np.uint8:
             raise UserError(
@@ -81,32 +85,32 @@ class GroupEncoder:
                 found=f"{frame.normals.dtype} {list(frame.normals.shape)}",
                 action="render it at the bundle's size",
             )
-        to_unit(frame.normals, pixels[0, :, len(self._codes)])
+        to_unit(frame.normals, self._pose.input[0, :, len(self._codes)])
         self._codes.append(self.encode_expression(frame))
         self._rays.append(self._ray_map(frame))
-        return self._complete(pixels) if len(self._codes) == size else None
+        return self._complete() if len(self._codes) == size else None
 
     def encode_expression(self, frame: DrivingFrame) -> np.ndarray:
         """[1, E] from the picture or from the coefficients."""
         with self.timings("expression"):
             if frame.coefficients is not None:
-                inputs = {"coefficients": np.asarray(frame.coefficients, np.float32)[None]}
-                return self._runners["arkit_encoder"].run(inputs)["code"].copy()
+                return self._arkit(coefficients=np.asarray(frame.coefficients, np.float32)[None])["code"].copy()
             if frame.image is None:
                 raise UserError(
                     "driving frame", expected="an image or 52 coefficients", found="neither", action="give one of them"
                 )
-            to_unit(resize(frame.image, self._image.shape[-1]), self._image[0])
-            return self._runners["expression_encoder"].run({"image": self._image})["code"].copy()
+            image = self._expression.inputs["image"][0]
+            to_unit(resize(frame.image, image.shape[-1]), image)
+            return self._expression()["code"].copy()
 
     def _ray_map(self, frame: DrivingFrame) -> np.ndarray:
         with self.timings("rays"):
             config = self.config
             return ray_maps(frame.K[None], frame.c2w[None], config.height, config.width, config.vae.spatial_stride)[0]
 
-    def _complete(self, pixels: np.ndarray) -> Group:
+    def _complete(self) -> Group:
         with self.timings("pose"):
-            pose_latents = self._pose(pixels)[0, :, 0].copy()
+            pose_latents = self._pose()[0, :, 0].copy()
         repeat = FRAMES_PER_LATENT if self._first else 1
         rays = self._rays * repeat if self.config.fusion.rays == "packed" else self._rays[-1:]
         group = Group(np.stack(self._codes * repeat, axis=1), np.concatenate(rays), pose_latents)
@@ -116,68 +120,124 @@ class GroupEncoder:
         return group
 
 
+# What an input of `condition_embed` is called in `schedule.FACTORS`.
+_FACTOR_OF = {"reference_latents": "reference", "pose_latents": "pose", "rays": "camera"}
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """`condition_embed` bound for a number of latent frames: what is fed, and one call per condition set."""
+
+    fed: dict[str, Mirrored]
+    calls: list[Call]
+    modulation: list[Mirrored | None]  # per set; None where the expression is dropped, and the buffer stays zero
+
+
 class ConditionBuilder:
-    """Groups -> `ChunkConditions`, one variant per condition set; carries the expression controller's state."""
+    """Groups -> `ChunkConditions`, one variant per condition set; carries the expression controller's state.
+
+    Args:
+        buffers: number of slots -> tokens and modulation per set that the transformer reads (`Denoiser.condition_buffers`).
+        clip: slot 0 of a chunk is the reference.
+    """
 
     def __init__(
-        self, config: ModelConfig, runners: Mapping[str, Runner], guidance: Guidance, neutral_code: np.ndarray, timings
+        self,
+        config: ModelConfig,
+        engine: Engine,
+        guidance: Guidance,
+        neutral_code: np.ndarray,
+        timings: Timings,
+        buffers: Callable[[int], tuple[list[Buffer], list[Buffer]]],
+        *,
+        clip: bool = False,
     ):
-        self.config, self.guidance, self.timings = config, guidance, timings
-        self._controller, self._embed = runners["expression_controller"], runners["condition_embed"]
-        self._state_names = [
-            spec.name.removeprefix("state_in.")
-            for spec in self._controller.spec.inputs
-            if spec.name.startswith("state_in.")
-        ]
-        self._neutral_code = np.ascontiguousarray(neutral_code, np.float32)[None]
+        self.config, self.engine, self.guidance, self.timings = config, engine, guidance, timings
+        self._buffers, self._clip = buffers, clip
+        self._embed = engine.load("condition_embed")
+        self._controllers: dict[int, HostStage] = {}
+        self._embeddings: dict[tuple[int, bool], _Embedding] = {}
+        self._neutral = self._neutral_modulation(np.ascontiguousarray(neutral_code, np.float32)[None])
         self._state: dict[str, np.ndarray] | None = None
-        self._ray_shape = (config.fusion.ray_channels, config.latent_height, config.latent_width)
 
     def reset(self) -> None:
         self._state = None
 
-    def reference(self, latents: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def reference(self, latents: np.ndarray) -> tuple[list[Buffer], list[Buffer]]:
         """Reference latents [1,16,1,h,w] -> per set condition tokens [1,1,T,D] and modulation [1,1,6,D] of slot 0."""
-        zeros = np.zeros((1, self._ray_shape[0], 1, *self._ray_shape[1:]), np.float32)
-        neutral = self._neutral_modulation()
-        tokens, modulation = [], []
-        for dropped in self.guidance.dropped:
-            kept = np.zeros_like(latents) if "reference" in dropped else latents
-            tokens.append(self._tokens(kept, np.zeros_like(latents), zeros))
-            modulation.append(np.zeros_like(neutral) if "expression" in dropped else neutral)
+        tokens, modulation = self._buffers(1)
+        embedding = self._embedding(1, is_reference=True)
+        embedding.fed["reference_latents"].array[...] = latents
+        self._run(embedding, self._neutral)
         return tokens, modulation
 
     def chunk(self, groups: list[Group], first_frame: int) -> ChunkConditions:
-        """Conditions of consecutive latent frames; call once per chunk, in order."""
+        """Conditions of consecutive latent frames; call once per chunk, in order. The next chunk of this size overwrites them."""
         with self.timings("conditions"):
-            full = self._modulate(np.concatenate([group.codes for group in groups], axis=1))
-            pose = np.ascontiguousarray(np.stack([group.pose_latents for group in groups], axis=1)[None])
-            rays = np.ascontiguousarray(np.stack([group.rays for group in groups], axis=1)[None])
-            tokens, modulation = [], []
-            for dropped in self.guidance.dropped:
-                tokens.append(
-                    self._tokens(
-                        np.zeros_like(pose),
-                        np.zeros_like(pose) if "pose" in dropped else pose,
-                        np.zeros_like(rays) if "camera" in dropped else rays,
-                    )
-                )
-                modulation.append(np.zeros_like(full) if "expression" in dropped else full)
-        return ChunkConditions(first_frame, tokens, modulation)
+            modulation = self._modulate(np.concatenate([group.codes for group in groups], axis=1))
+            embedding = self._embedding(len(groups), is_reference=False)
+            for i, group in enumerate(groups):
+                embedding.fed["pose_latents"].array[0, :, i] = group.pose_latents
+                embedding.fed["rays"].array[0, :, i] = group.rays
+            self._run(embedding, modulation)
+            chunk = ChunkConditions(first_frame, *self._buffers(len(groups) + self._clip))
+            if self._clip:
+                for one, every in zip(self._buffers(1), (chunk.tokens, chunk.modulation), strict=True):
+                    for reference, whole in zip(one, every, strict=True):
+                        self.engine.copy(reference, slots(self.engine, whole, 0, 1))
+        return chunk
 
-    def _tokens(self, reference: np.ndarray, pose: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        inputs = {"reference_latents": reference, "pose_latents": pose, "rays": rays}
-        return self._embed.run(inputs)["condition_tokens"]
+    def _run(self, embedding: _Embedding, modulation: np.ndarray) -> None:
+        for fed in embedding.fed.values():
+            fed.send()
+        for call in embedding.calls:
+            call()
+        for kept in embedding.modulation:
+            if kept is not None:
+                kept.array[...] = modulation
+                kept.send()
+
+    def _embedding(self, num_frames: int, *, is_reference: bool) -> _Embedding:
+        key = num_frames, is_reference
+        if key not in self._embeddings:
+            self._embeddings[key] = self._bind(num_frames, is_reference)
+        return self._embeddings[key]
+
+    def _bind(self, num_frames: int, is_reference: bool) -> _Embedding:
+        first = 1 if self._clip and not is_reference else 0
+        tokens, modulation = (
+            [slots(self.engine, buffer, first, first + num_frames) for buffer in side]
+            for side in self._buffers(first + num_frames)
+        )
+        zeros, fed = (allocate(self.engine, self._embed.spec.inputs, {"F": num_frames}) for _ in range(2))
+        given = {"reference_latents"} if is_reference else {"pose_latents", "rays"}
+        calls = []
+        for dropped, target in zip(self.guidance.dropped, tokens, strict=True):
+            used = {name: fed if name in given and _FACTOR_OF[name] not in dropped else zeros for name in fed}
+            inputs = {name: source[name] for name, source in used.items()}
+            calls.append(self._embed.bind(inputs, {"condition_tokens": target}))
+        kept = [
+            None if "expression" in dropped else Mirrored(self.engine, target)
+            for dropped, target in zip(self.guidance.dropped, modulation, strict=True)
+        ]
+        return _Embedding({name: Mirrored(self.engine, fed[name]) for name in sorted(given)}, calls, kept)
 
     def _control(self, codes: np.ndarray, state: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        outputs = self._controller.run({"codes": codes, **{f"state_in.{name}": value for name, value in state.items()}})
-        return outputs["expression_modulation"], {name: outputs[f"state_out.{name}"] for name in self._state_names}
+        """codes [1, 4N, E] -> modulation [1, N, 6, D], which the next call overwrites, and a state of its own."""
+        num_frames = codes.shape[1] // FRAMES_PER_LATENT
+        if num_frames not in self._controllers:
+            self._controllers[num_frames] = HostStage(self.engine, "expression_controller", N=num_frames)
+        results = self._controllers[num_frames](codes=codes, **{f"state_in.{name}": value for name, value in state.items()})
+        state = {name.partition(".")[2]: value.copy() for name, value in results.items() if name.startswith("state_out.")}
+        return results["expression_modulation"], state
 
     def _initial_state(self, code: np.ndarray) -> dict[str, np.ndarray]:
         # The aggregator pads by repeating the first code: one group of it, from any state, leaves that padding behind.
+        tensors = self.engine.load("expression_controller").spec.inputs
         zeros = {
-            name: np.zeros(self._controller.spec.input(f"state_in.{name}").shape, np.float32)
-            for name in self._state_names
+            tensor.name.partition(".")[2]: np.zeros(tensor.shape, tensor.dtype)
+            for tensor in tensors
+            if tensor.name.startswith("state_in.")
         }
         return self._control(np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1), zeros)[1]
 
@@ -187,7 +247,6 @@ class ConditionBuilder:
         modulation, self._state = self._control(codes, self._state)
         return modulation
 
-    def _neutral_modulation(self) -> np.ndarray:
-        code = self._neutral_code
+    def _neutral_modulation(self, code: np.ndarray) -> np.ndarray:
         group = np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1)
-        return self._control(group, self._initial_state(code))[0]
+        return self._control(group, self._initial_state(code))[0].copy()

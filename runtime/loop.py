@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
-from factorportrait.engines.base import Runner
-from factorportrait.runtime.cache import KVCache, frame_positions
+from factorportrait.engines.base import Buffer, Call, Engine, Mirrored, allocate
+from factorportrait.runtime.cache import ConcatCache, InPlaceCache, frame_positions
 from factorportrait.runtime.schedule import Guidance, NoiseSource, Schedule
 from factorportrait.runtime.timing import Timings
 
@@ -18,30 +17,44 @@ class ChunkConditions:
     """What a chunk is generated from, per condition set of the guidance; F slots.
 
     Attributes:
-        first_frame: index of the first latent frame, 0-based, the reference not counted.
+        first_frame: index of the first latent frame, 0-based, the reference not counted; None for the reference.
         tokens: per set [1, F, T, D] from `condition_embed`.
         modulation: per set [1, F, 6, D] from `expression_controller`.
     """
 
-    first_frame: int
-    tokens: list[np.ndarray]
-    modulation: list[np.ndarray]
+    first_frame: int | None
+    tokens: list[Buffer]
+    modulation: list[Buffer]
 
 
-class TimeTable:
-    """Time embeddings of the whole schedule, computed once: row `steps` is timestep 0, of clean frames."""
+class _Slots:
+    """Everything that chunks of F slots need: buffers, time embeddings of the whole schedule, and the bound calls."""
 
-    def __init__(self, runner: Runner, schedule: Schedule, num_slots: int, reference_first: bool):
-        self._rows = []
-        for timestep in (*schedule.timesteps, 0.0):
-            timesteps = np.full((1, num_slots), timestep, np.float32)
-            if reference_first:
-                timesteps[0, 0] = 0
-            outputs = runner.run({"timesteps": timesteps})
-            self._rows.append({name: np.ascontiguousarray(outputs[name]) for name in ("temb", "timestep_proj")})
+    def __init__(self, denoiser: Denoiser, num_slots: int):
+        engine, spec, sizes = denoiser.engine, denoiser.dit.spec, {"F": num_slots}
+        outputs = [tensor for tensor in spec.outputs if tensor.name == "velocity"]
+        inputs = [tensor for tensor in spec.inputs if tensor.name in ("noise_latents", "positions")]
+        self.x, self.positions = (Mirrored(engine, buffer) for buffer in allocate(engine, inputs, sizes).values())
+        self.velocity = Mirrored(engine, allocate(engine, outputs, sizes)["velocity"])
+        conditions = [tensor for tensor in spec.inputs if tensor.name in ("condition_tokens", "expression_modulation")]
+        self.conditions = [allocate(engine, conditions, sizes) for _ in range(denoiser.guidance.num_sets)]
+        # The clip's slot 0 holds no noise; x keeps it zero, and these are views of the others.
+        first = 1 if denoiser.mode == "clip" else 0
+        self.frames, self.frames_velocity = self.x.array[:, :, first:], self.velocity.array[:, :, first:]
+        self.scratch = np.zeros(self.frames.shape, np.float32)
+        self.history = [np.zeros(self.frames.shape, np.float32) for _ in range(denoiser.schedule.outputs.shape[1])]
+        self.time = [self._embed_time(denoiser, t, num_slots, first) for t in (*denoiser.schedule.timesteps, 0.0)]
+        self.calls: dict[tuple[int, int, int], Call] = {}
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return self._rows[step]
+    @staticmethod
+    def _embed_time(denoiser: Denoiser, timestep: float, num_slots: int, first: int) -> dict[str, Buffer]:
+        engine, runner = denoiser.engine, denoiser.time_embed
+        inputs, outputs = (allocate(engine, side, {"F": num_slots}) for side in (runner.spec.inputs, runner.spec.outputs))
+        timesteps = Mirrored(engine, inputs["timesteps"])
+        timesteps.array[:, first:] = timestep
+        timesteps.send()
+        runner.bind(inputs, outputs)()
+        return outputs
 
 
 class Denoiser:
@@ -49,12 +62,14 @@ class Denoiser:
 
     In stream mode a chunk sees the reference and a window of clean frames through one K/V cache per condition set. In clip
     mode slot 0 is the reference and attention is bidirectional over all slots; nothing is cached.
+
+    Args:
+        in_place: update the cache in the graph (`dit_inplace`); else `dit` is given the past. See `choose_cache`.
     """
 
     def __init__(
         self,
-        dit: Runner,
-        time_embed: Runner,
+        engine: Engine,
         schedule: Schedule,
         guidance: Guidance,
         noise: NoiseSource,
@@ -63,146 +78,106 @@ class Denoiser:
         chunk_frames: int,
         window_frames: int,
         timings: Timings,
+        in_place: bool = False,
     ):
-        self.dit, self.time_embed = dit, time_embed
-        self.schedule, self.guidance, self.noise = schedule, guidance, noise
+        self.engine, self.schedule, self.guidance, self.noise = engine, schedule, guidance, noise
         self.mode, self.window_frames, self.timings = mode, window_frames, timings
-        self.num_blocks = sum(spec.name.startswith("past_k.") for spec in dit.spec.inputs)
-        *_, tokens, dim = dit.spec.input("past_k.0").shape
-        _, self.channels, _, self.height, self.width = dit.spec.input("noise_latents").shape
-        self.tokens, self.dim = tokens, dim
-        num_caches = guidance.num_sets if mode == "stream" else 0
-        self.caches = [KVCache(self.num_blocks, window_frames, chunk_frames, tokens, dim) for _ in range(num_caches)]
-        self._empty = np.zeros((1, 0, tokens, dim), np.float32)
-        self._time: dict[int, TimeTable] = {}
-        self._buffers: dict[int, dict[str, np.ndarray]] = {}
+        self.dit, self.time_embed = engine.load("dit_inplace" if in_place else "dit"), engine.load("time_embed")
+        if in_place:
+            self.cache = InPlaceCache(engine, self.dit, guidance.num_sets, window_frames)
+        else:
+            clip = mode == "clip"
+            self.cache = ConcatCache(engine, self.dit, guidance.num_sets, chunk_frames, window_frames, clip=clip)
+        self._slots: dict[int, _Slots] = {}
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
+        return self.cache.nbytes
 
-    def reset(self) -> None:
-        """Begin a new clip with the same reference."""
-        for cache in self.caches:
-            cache.reset()
+    def condition_buffers(self, num_slots: int) -> tuple[list[Buffer], list[Buffer]]:
+        """Tokens and modulation per set for F slots, to be written in place. Who gives others to `generate` has them copied."""
+        conditions = self._slots_of(num_slots).conditions
+        return [each["condition_tokens"] for each in conditions], [each["expression_modulation"] for each in conditions]
 
-    def set_reference(self, tokens: list[np.ndarray], modulation: list[np.ndarray]) -> None:
+    def set_reference(self, tokens: list[Buffer], modulation: list[Buffer]) -> None:
         """Compute the sink once per portrait: one slot at timestep 0 that attends only to itself. Per set [1,1,...]."""
-        latents = np.zeros((1, self.channels, 1, self.height, self.width), np.float32)
-        for i, cache in enumerate(self.caches):
-            outputs = self._evaluate(
-                i, latents, self.schedule.num_steps, tokens[i], modulation[i], np.zeros(1, np.int64)
-            )
-            for block in range(self.num_blocks):
-                cache.write_sink(block, outputs[f"new_k.{block}"], outputs[f"new_v.{block}"])
+        slots = self._slots_of(1)
+        slots.x.array[...] = 0
+        chunk = ChunkConditions(None, tokens, modulation)
+        self._commit(slots, chunk, self._place(slots, chunk))
 
     def generate(self, chunk: ChunkConditions) -> np.ndarray:
         """Clean latents [1, C, N, h, w] of the chunk's frames; the array is reused by the next chunk of this size."""
-        x, frames, fresh = self._start(chunk)
-        positions = self._positions(chunk)
-        history: deque[np.ndarray] = deque(maxlen=self.schedule.outputs.shape[1])
+        _, num_slots, *_ = chunk.tokens[0].shape
+        slots = self._slots_of(num_slots)
+        self.noise.draw(chunk.first_frame, slots.frames.shape[2], 0, slots.frames)
+        used = self._place(slots, chunk)
         for step in range(self.schedule.num_steps):
             with self.timings("step"):
-                history.appendleft(self._predict(x, step, chunk, positions))
-                self._step(frames, history, step, chunk.first_frame, fresh)
+                self._predict(slots, step, used)
+                self._step(slots, step, chunk.first_frame)
         if self.mode == "stream":
             with self.timings("commit"):
-                self._commit(x, chunk, positions)
-        return frames
+                self._commit(slots, chunk, used)
+        return slots.frames
 
-    def _start(self, chunk: ChunkConditions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # The clip's slot 0 holds no noise; x keeps it zero, and `frames` is the view of the others.
-        slots = chunk.tokens[0].shape[1]
-        buffers = self._slot_buffers(slots)
-        x = buffers["x"]
-        frames = x if self.mode == "stream" else x[:, :, 1:]
-        self.noise.draw(chunk.first_frame, frames.shape[2], 0, frames)
-        return x, frames, buffers["fresh"][:, :, : frames.shape[2]]
+    def _slots_of(self, num_slots: int) -> _Slots:
+        if num_slots not in self._slots:
+            self._slots[num_slots] = _Slots(self, num_slots)
+        return self._slots[num_slots]
 
-    def _predict(self, x: np.ndarray, step: int, chunk: ChunkConditions, positions: np.ndarray) -> np.ndarray:
-        """Guided velocity of the frames: the weighted sum over the condition sets."""
-        guided = None
+    def _place(self, slots: _Slots, chunk: ChunkConditions) -> int:
+        """Conditions and positions of a chunk go to the device; gives the number of slots of the cache that it uses."""
+        for kept, tokens, modulation in zip(slots.conditions, chunk.tokens, chunk.modulation, strict=True):
+            self.engine.copy(tokens, kept["condition_tokens"])
+            self.engine.copy(modulation, kept["expression_modulation"])
+        num_slots, first = len(slots.positions.array), chunk.first_frame
+        if self.mode == "clip" or first is None:
+            slots.positions.array[:] = np.arange(num_slots)
+        else:
+            frames = np.arange(first, first + num_slots)
+            slots.positions.array[:] = frame_positions(frames, first + num_slots, self.window_frames)
+        slots.positions.send()
+        return self.cache.place(first, num_slots)
+
+    def _predict(self, slots: _Slots, step: int, used: int) -> None:
+        """Guided velocity of the frames into the history: the weighted sum over the condition sets."""
+        guided = slots.history[step % len(slots.history)]
+        slots.x.send()
+        started = False
         for i, weight in enumerate(self.guidance.weights[step]):
             if weight == 0:
                 continue
-            velocity = self._evaluate(i, x, step, chunk.tokens[i], chunk.modulation[i], positions, chunk)["velocity"]
-            velocity = velocity if self.mode == "stream" else velocity[:, :, 1:]
-            if guided is None:
-                guided = velocity * np.float32(weight)
-            else:
-                guided += velocity * np.float32(weight)
-        return guided
+            self._evaluate(slots, i, step, used)
+            slots.velocity.fetch()
+            np.multiply(slots.frames_velocity, np.float32(weight), out=slots.scratch if started else guided)
+            if started:
+                guided += slots.scratch
+            started = True
 
-    def _step(self, frames: np.ndarray, history: deque, step: int, first_frame: int, fresh: np.ndarray) -> None:
-        schedule = self.schedule
+    def _step(self, slots: _Slots, step: int, first_frame: int) -> None:
+        schedule, frames, scratch = self.schedule, slots.frames, slots.scratch
         frames *= np.float32(schedule.sample[step])
-        for coefficient, output in zip(schedule.outputs[step], history, strict=False):
+        for age, coefficient in enumerate(schedule.outputs[step][: step + 1]):
             if coefficient:
-                frames += np.float32(coefficient) * output
+                frames += np.multiply(slots.history[(step - age) % len(slots.history)], np.float32(coefficient), out=scratch)
         if schedule.noise[step]:
-            frames += np.float32(schedule.noise[step]) * self.noise.draw(first_frame, frames.shape[2], step + 1, fresh)
+            self.noise.draw(first_frame, frames.shape[2], step + 1, scratch)
+            frames += np.multiply(scratch, np.float32(schedule.noise[step]), out=scratch)
 
-    def _commit(self, x: np.ndarray, chunk: ChunkConditions, positions: np.ndarray) -> None:
-        for i, cache in enumerate(self.caches):
-            outputs = self._evaluate(
-                i, x, self.schedule.num_steps, chunk.tokens[i], chunk.modulation[i], positions, chunk
-            )
-            for block in range(self.num_blocks):
-                cache.commit(block, chunk.first_frame, outputs[f"new_k.{block}"], outputs[f"new_v.{block}"])
-            cache.advance(chunk.first_frame, x.shape[2])
+    def _commit(self, slots: _Slots, chunk: ChunkConditions, used: int) -> None:
+        """One run of every set at timestep 0 on the clean frames, whose keys and values are kept."""
+        slots.x.send()
+        for i in range(self.guidance.num_sets):
+            self._evaluate(slots, i, self.schedule.num_steps, used)
+            self.cache.commit(i, chunk.first_frame, len(slots.positions.array))
 
-    def _positions(self, chunk: ChunkConditions) -> np.ndarray:
-        slots = chunk.tokens[0].shape[1]
-        if self.mode == "clip":
-            return np.arange(slots, dtype=np.int64)
-        frames = np.arange(chunk.first_frame, chunk.first_frame + slots)
-        return frame_positions(frames, chunk.first_frame + slots, self.window_frames)
-
-    def _evaluate(
-        self,
-        index: int,
-        x: np.ndarray,
-        step: int,
-        tokens: np.ndarray,
-        modulation: np.ndarray,
-        positions: np.ndarray,
-        chunk: ChunkConditions | None = None,
-    ) -> dict[str, np.ndarray]:
-        """One run of the transformer for condition set `index`; without `chunk` (the reference) nothing is looked back on."""
-        slots = x.shape[2]
-        past_positions = np.zeros(0, np.int64)
-        past_k = past_v = [self._empty] * self.num_blocks
-        if self.mode == "stream" and chunk is not None:
-            cache = self.caches[index]
-            used, past_positions = cache.past(chunk.first_frame + slots)
-            past_k, past_v = ([buffer[:, :used] for buffer in buffers] for buffers in (cache.keys, cache.values))
-        inputs = {
-            "noise_latents": x,
-            "condition_tokens": tokens,
-            "expression_modulation": modulation,
-            **self._time_table(slots)[step],
-            "positions": positions,
-            "past_positions": past_positions,
-        }
-        for block in range(self.num_blocks):
-            inputs[f"past_k.{block}"], inputs[f"past_v.{block}"] = past_k[block], past_v[block]
-        return self.dit.run(inputs, self._slot_buffers(slots)["outputs"])
-
-    def _time_table(self, slots: int) -> TimeTable:
-        if slots not in self._time:
-            self._time[slots] = TimeTable(self.time_embed, self.schedule, slots, reference_first=self.mode == "clip")
-        return self._time[slots]
-
-    def _slot_buffers(self, slots: int) -> dict:
-        if slots not in self._buffers:
-            shape = (1, self.channels, slots, self.height, self.width)
-            outputs = {"velocity": np.zeros(shape, np.float32)}
-            for block in range(self.num_blocks):
-                for name in (f"new_k.{block}", f"new_v.{block}"):
-                    outputs[name] = np.zeros((1, slots, self.tokens, self.dim), np.float32)
-            self._buffers[slots] = {
-                "x": np.zeros(shape, np.float32),
-                "fresh": np.zeros(shape, np.float32),
-                "outputs": outputs,
-            }
-        return self._buffers[slots]
+    def _evaluate(self, slots: _Slots, index: int, step: int, used: int) -> None:
+        """One run of the transformer for condition set `index`; row `num_steps` of the time embeddings is timestep 0."""
+        key = index, step, used
+        if key not in slots.calls:
+            inputs, outputs = self.cache.tensors(index, len(slots.positions.array), used)
+            own = {"noise_latents": slots.x.buffer, "positions": slots.positions.buffer}
+            inputs = {**own, **slots.conditions[index], **slots.time[step], **inputs}
+            slots.calls[key] = self.dit.bind(inputs, {"velocity": slots.velocity.buffer, **outputs})
+        slots.calls[key]()

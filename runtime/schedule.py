@@ -127,11 +127,11 @@ class NoiseSource:
 
     def __init__(self, seed: int, shape: tuple[int, int, int]):
         self._key = seed % 2**128
-        self._shape = shape  # [C, h, w]
+        self._drawn = np.zeros(shape, np.float32)  # [C, h, w]
 
     def draw(self, first_frame: int, num_frames: int, step: int, out: np.ndarray) -> np.ndarray:
         """Fill out [1, C, num_frames, h, w] float32 with standard normal noise."""
         for i in range(num_frames):
             generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, step, first_frame + i]))
-            out[0, :, i] = generator.standard_normal(self._shape, dtype=np.float32)
+            out[0, :, i] = generator.standard_normal(out=self._drawn, dtype=np.float32)
         return out

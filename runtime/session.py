@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,14 @@ from factorportrait.engines.base import Engine
 from factorportrait.engines.ort import OrtEngine
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
+from factorportrait.runtime.cache import choose_cache
 from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
-from factorportrait.runtime.loop import ChunkConditions, Denoiser
+from factorportrait.runtime.loop import Denoiser
 from factorportrait.runtime.schedule import NoiseSource, flow_schedule, parse_guidance
 from factorportrait.runtime.timing import Timings
-from factorportrait.runtime.vae import StreamingVAE, to_pictures, to_unit
+from factorportrait.runtime.vae import StreamingVAE, to_pictures
 
+# Loaded when a bundle is opened. The transformer comes with the first session, which decides between `dit` and `dit_inplace`.
 STAGES = (
     "vae_encode_first",
     "vae_encode_steady",
@@ -30,7 +32,6 @@ STAGES = (
     "expression_controller",
     "condition_embed",
     "time_embed",
-    "dit",
 )
 
 
@@ -44,6 +45,7 @@ class SessionOptions:
         guidance: see `factorportrait.runtime.schedule.parse_guidance`.
         seed: of the noise.
         chunk_frames, window_frames: latent frames generated together, and seen (stream mode).
+        cache: "auto", "inplace" or "concat", see `factorportrait.runtime.cache.choose_cache` (stream mode).
     """
 
     mode: str | None = None
@@ -52,6 +54,7 @@ class SessionOptions:
     seed: int = 0
     chunk_frames: int | None = None
     window_frames: int | None = None
+    cache: str = "auto"
 
     def resolve(self, config: ModelConfig) -> SessionOptions:
         """Fill in the checkpoint's values.
@@ -78,7 +81,7 @@ class SessionOptions:
                 action="choose other values, or leave them out",
             )
         steps = generation.denoising_steps if self.steps is None else self.steps
-        return SessionOptions(mode, steps, self.guidance, self.seed, chunk, window)
+        return replace(self, mode=mode, steps=steps, chunk_frames=chunk, window_frames=window)
 
 
 def open_bundle(
@@ -107,7 +110,8 @@ def open_bundle(
             found="one with it",
             action="export a checkpoint without dit.text_dim: this version runs no text",
         )
-    engine.load_all(bundle.stage(name) for name in STAGES)
+    for name in STAGES:
+        engine.load(name)
     return OpenBundle(bundle, engine, load_s=time.perf_counter() - start)
 
 
@@ -123,7 +127,10 @@ class OpenBundle:
 
     def session(self, options: SessionOptions | None = None, **changes) -> Session:
         """A session with its own state; keywords are fields of `SessionOptions`."""
-        return Session(self, options or SessionOptions(**changes))
+        start = time.perf_counter()
+        session = Session(self, options or SessionOptions(**changes))
+        self.load_s += time.perf_counter() - start  # the first one loads the transformer
+        return session
 
 
 class Session:
@@ -139,29 +146,27 @@ class Session:
         self.config = opened.config
         self.options = options = options.resolve(self.config)
         self.timings = Timings()
-        runners = {name: opened.engine.load(opened.bundle.stage(name)) for name in STAGES}
+        engine, stages = opened.engine, opened.bundle.manifest.target_stages(opened.engine.target)
         guidance = parse_guidance(options.guidance, options.steps)
         generation = self.config.generation
         schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
         noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))
         neutral_code = opened.bundle.constants()["neutral_code"]
-        self._encoder = GroupEncoder(self.config, runners, self.timings)
-        self._builder = ConditionBuilder(self.config, runners, guidance, neutral_code, self.timings)
+        clip, in_place = options.mode == "clip", False
+        if not clip:
+            in_place, self.cache_reason = choose_cache(
+                options.cache, engine_in_place=engine.in_place, stages=stages,
+                chunk_frames=options.chunk_frames, window_frames=options.window_frames,
+            )  # fmt: skip
         self._denoiser = Denoiser(
-            runners["dit"],
-            runners["time_embed"],
-            schedule,
-            guidance,
-            noise,
-            mode=options.mode,
-            chunk_frames=options.chunk_frames,
-            window_frames=options.window_frames,
-            timings=self.timings,
+            engine, schedule, guidance, noise, mode=options.mode, chunk_frames=options.chunk_frames,
+            window_frames=options.window_frames, timings=self.timings, in_place=in_place,
+        )  # fmt: skip
+        self._encoder = GroupEncoder(self.config, engine, self.timings)
+        self._builder = ConditionBuilder(
+            self.config, engine, guidance, neutral_code, self.timings, self._denoiser.condition_buffers, clip=clip
         )
-        self._reference_vae = StreamingVAE(
-            runners["vae_encode_first"], runners["vae_encode_steady"], "frames", "latents"
-        )
-        self._decoder = StreamingVAE(runners["vae_decode_first"], runners["vae_decode_steady"], "latents", "frames")
+        self._decoder = StreamingVAE(engine, "decode")
         self._restart()
 
     @property
@@ -170,10 +175,9 @@ class Session:
         return self._denoiser.cache_bytes
 
     def _restart(self) -> None:
-        self._reference: tuple[list[np.ndarray], list[np.ndarray]] | None = None
+        self._has_reference = False
         self._encoder.reset()
         self._builder.reset()
-        self._denoiser.reset()
         self._decoder.reset()
         self._groups: list[Group] = []
         self._num_pushed = 0
@@ -202,12 +206,10 @@ class Session:
         self._restart()
         self._started = self._chunk_before = time.perf_counter()
         with self.timings("reference"):
-            pixels = np.zeros((1, 3, 1, *expected[:2]), np.float32)
-            to_unit(portrait, pixels[0, :, 0])
-            self._reference_vae.reset()
-            self._reference = self._builder.reference(self._reference_vae(pixels))
+            tokens, modulation = self._builder.reference(self._encoder.encode_reference(portrait))
             if self.options.mode == "stream":
-                self._denoiser.set_reference(*self._reference)
+                self._denoiser.set_reference(tokens, modulation)
+            self._has_reference = True
 
     def push(self, frame: DrivingFrame) -> list[np.ndarray]:
         """Take one driving frame; give the pictures uint8 [H, W, 3] that became ready, often none.
@@ -215,7 +217,7 @@ class Session:
         Raises:
             UserError: no reference yet, the clip is finished, or a clip longer than the checkpoint's (clip mode).
         """
-        if self._reference is None or self._finished:
+        if not self._has_reference or self._finished:
             found = "a finished clip" if self._finished else "none"
             raise UserError("push", expected="a portrait first", found=found, action="call set_reference")
         start = time.perf_counter()
@@ -233,7 +235,7 @@ class Session:
     def finish(self) -> list[np.ndarray]:
         """End the clip: the last chunk is completed by repeating the last frame, and the surplus is not given out."""
         if self._last is None:
-            self._finished = self._reference is not None
+            self._finished = self._has_reference
             return []
         start = time.perf_counter()
         pictures = []
@@ -269,24 +271,15 @@ class Session:
         groups, self._groups = self._groups, []
         chunk = self._builder.chunk(groups, self._num_latent_frames)
         self._num_latent_frames += len(groups)
-        if self.options.mode == "clip":
-            chunk = self._with_reference(chunk)
         latents = self._denoiser.generate(chunk)
         pictures: list[np.ndarray] = []
         for i in range(latents.shape[2]):
             with self.timings("decode"):
-                pictures += to_pictures(self._decoder(np.ascontiguousarray(latents[:, :, i : i + 1])))
+                self._decoder.input[...] = latents[:, :, i : i + 1]
+                pictures += to_pictures(self._decoder())
         pictures = pictures[: self._num_pushed - self._num_given]
         self._num_given += len(pictures)
         return pictures
-
-    def _with_reference(self, chunk: ChunkConditions) -> ChunkConditions:
-        tokens, modulation = self._reference
-        return ChunkConditions(
-            chunk.first_frame,
-            [np.concatenate(pair, axis=1) for pair in zip(tokens, chunk.tokens, strict=True)],
-            [np.concatenate(pair, axis=1) for pair in zip(modulation, chunk.modulation, strict=True)],
-        )
 
     def _account(self, start: float, pictures: list[np.ndarray]) -> None:
         now = time.perf_counter()

@@ -2,68 +2,84 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from factorportrait.bundle import StageSpec
-from factorportrait.engines.base import Runner
+from factorportrait.engines.base import Buffers, Call, Engine, Mirrored, Runner, allocate
 from factorportrait.errors import UserError
 
-
-def cache_names(spec: StageSpec, side: str) -> list[str]:
-    tensors = spec.inputs if side == "in" else spec.outputs
-    return [tensor.name for tensor in tensors if tensor.name.startswith(f"cache_{side}.")]
+# Data input and output of a direction.
+_DATA = {"encode": ("frames", "latents"), "decode": ("latents", "frames")}
 
 
 class StreamingVAE:
-    """One direction of the VAE, with state. The first call runs the *first* graph, later ones the *steady* one.
+    """One direction of the VAE, "encode" or "decode", with state: the first call runs the *first* graph, all others *steady*.
 
-    Args:
-        first, steady: runners of `vae_encode_*` or `vae_decode_*`.
-        source: name of the data input, "frames" or "latents"; target: name of the data output.
+    The caches stay on the device. The steady graph is bound twice, reading one set of caches and writing the other.
     """
 
-    def __init__(self, first: Runner, steady: Runner, source: str, target: str):
-        self._first, self._steady = first, steady
-        self._source, self._target = source, target
-        names = cache_names(steady.spec, "in")
-        shapes = {name: steady.spec.input(name).shape for name in names}
-        self._numbers = [name.removeprefix("cache_in.") for name in names]
-        self._now, self._next = (
-            {number: np.zeros(shapes[f"cache_in.{number}"], np.float32) for number in self._numbers} for _ in range(2)
-        )
-        first_out = {name.removeprefix("cache_out.") for name in cache_names(first.spec, "out")}
-        self._untouched_by_first = [number for number in self._numbers if number not in first_out]
-        self._first_numbers = [number for number in self._numbers if number in first_out]
-        self._started = False
-        self._results: dict[bool, np.ndarray] = {}
+    def __init__(self, engine: Engine, direction: str):
+        first, steady = (engine.load(f"vae_{direction}_{kind}") for kind in ("first", "steady"))
+        self._source, self._target = _DATA[direction]
+        caches = [tensor for tensor in steady.spec.inputs if tensor.name.startswith("cache_in.")]
+        names = [tensor.name.partition(".")[2] for tensor in caches]
+        now, following = (dict(zip(names, allocate(engine, caches, {}).values(), strict=True)) for _ in range(2))
+        written = {tensor.name.partition(".")[2] for tensor in first.spec.outputs}
+        # Layers that the first latent frame passes by begin with zeros; their caches may hold an earlier clip.
+        self._zeroed = [Mirrored(engine, now[name]) for name in names if name not in written]
+        self._first = self._bind(engine, first, {}, {name: now[name] for name in names if name in written})
+        data = self._bind(engine, steady, now, following)
+        self._steady = [data, self._bind(engine, steady, following, now, data)]
+        self.reset()
 
     def reset(self) -> None:
         """Begin a new clip."""
-        self._started = False
+        self._num_calls = 0
 
-    def __call__(self, data: np.ndarray) -> np.ndarray:
-        """data [1, C, n, *, *] float32 -> the stage's output; the array is overwritten by the next call but one of its kind."""
-        runner = self._steady if self._started else self._first
-        numbers = self._numbers if self._started else self._first_numbers
-        inputs = {self._source: data}
-        if self._started:
-            inputs |= {f"cache_in.{number}": self._now[number] for number in self._numbers}
-        outputs = {f"cache_out.{number}": self._next[number] for number in numbers}
-        outputs[self._target] = self._result(runner)
-        result = runner.run(inputs, outputs)[self._target]
-        if not self._started:
-            # Layers that the first latent frame passes by begin with zeros; the buffers may hold an earlier clip.
-            for number in self._untouched_by_first:
-                self._next[number][...] = 0
-        self._now, self._next = self._next, self._now
-        self._started = True
-        return result
+    @property
+    def input(self) -> np.ndarray:
+        """Where the next call's data belongs, float32 [1, C, n, *, *]."""
+        return self._next().source.array
 
-    def _result(self, runner: Runner) -> np.ndarray:
-        if self._started not in self._results:
-            spec = next(tensor for tensor in runner.spec.outputs if tensor.name == self._target)
-            self._results[self._started] = np.zeros(spec.shape, np.float32)
-        return self._results[self._started]
+    def __call__(self) -> np.ndarray:
+        """Run on `input` -> the stage's output; the array is overwritten by the next call of its kind."""
+        piece = self._next()
+        if self._num_calls == 0:
+            for cache in self._zeroed:
+                cache.array[...] = 0
+                cache.send()
+        piece.source.send()
+        piece.call()
+        self._num_calls += 1
+        return piece.target.fetch()
+
+    def _next(self) -> _Piece:
+        return self._steady[(self._num_calls - 1) % 2] if self._num_calls else self._first
+
+    def _bind(self, engine: Engine, runner: Runner, now: Buffers, following: Buffers, data: _Piece | None = None) -> _Piece:
+        """Bind a graph to caches, and to the data buffers of `data` or to new ones."""
+        if data is None:
+            source, target = (
+                Mirrored(engine, allocate(engine, [tensor for tensor in side if tensor.name == name], {})[name])
+                for side, name in ((runner.spec.inputs, self._source), (runner.spec.outputs, self._target))
+            )
+        else:
+            source, target = data.source, data.target
+        call = runner.bind(
+            {self._source: source.buffer, **{f"cache_in.{name}": buffer for name, buffer in now.items()}},
+            {self._target: target.buffer, **{f"cache_out.{name}": buffer for name, buffer in following.items()}},
+        )
+        return _Piece(source, target, call)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One bound graph with its data."""
+
+    source: Mirrored
+    target: Mirrored
+    call: Call
 
 
 def to_unit(image: np.ndarray, out: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from factorportrait.bundle import Bundle
+from factorportrait.engines.base import run_once
 from factorportrait.engines.ort import OrtEngine
+from factorportrait.engines.recording import RecordingEngine
 from factorportrait.export.build import build_bundle
 from factorportrait.export.check import relative_error
 from factorportrait.export.checkpoint import load_checkpoint
@@ -30,55 +32,43 @@ def demo_bundle(request):
     return Bundle(path)
 
 
-class RecordingRunner:
-    """A real runner that keeps copies of what it was fed: the first calls, and those that look back on a full window."""
+def recorder(kept):
+    """Keeps copies of what every stage is fed: the first calls, and those that look back on a full window."""
 
-    def __init__(self, runner, kept: list):
-        self.spec, self._runner, self._kept = runner.spec, runner, kept
+    def show(name, inputs):
+        kept[name].append({tensor: np.array(array) for tensor, array in inputs.items()})
+        if len(kept[name]) > CASES_PER_STAGE:
+            del kept[name][CASES_PER_STAGE - 2]  # the first ones and the last one stay
 
-    def run(self, inputs, outputs=None):
-        self._kept.append({name: np.array(array) for name, array in inputs.items()})
-        if len(self._kept) > CASES_PER_STAGE:
-            del self._kept[CASES_PER_STAGE - 2]  # the first ones and the last one stay
-        return self._runner.run(inputs, outputs)
-
-
-class RecordingEngine(OrtEngine):
-    """ONNX Runtime with a recorder before every stage."""
-
-    def __init__(self, bundle):
-        super().__init__(bundle)
-        self.kept = defaultdict(list)
-
-    def load(self, spec):
-        return RecordingRunner(super().load(spec), self.kept[spec.name])
+    return show
 
 
 @pytest.fixture(scope="module")
 def real_inputs(demo_bundle):
     """Per stage what two short runs on the shipped files feed it: the mesh clip in stream mode, the ARKit table in clip mode."""
-    engine, config, inputs = RecordingEngine(demo_bundle), demo_bundle.config, shipped_inputs()
+    kept, config, inputs = defaultdict(list), demo_bundle.config, shipped_inputs()
+    engine = RecordingEngine(OrtEngine(demo_bundle), recorder(kept))
     opened = OpenBundle(demo_bundle, engine)
     portrait = load_portrait(inputs / "portrait.png", config.height, config.width)
     for driving, mode, num_frames in (("driving_clip", "stream", 29), ("arkit.csv", "clip", 9)):
-        session = opened.session(mode=mode, steps=2)
+        session = opened.session(mode=mode, steps=2, cache="concat")
         session.set_reference(portrait)
         pictures = list(session.frames(open_inputs(demo_bundle, inputs / driving, num_frames=num_frames)))
         assert len(pictures) == num_frames
-    return engine.kept
+    return kept
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "dit"])
 def test_every_graph_equals_torch_on_real_inputs(demo_bundle, real_inputs, name):
     model = load_checkpoint(shipped_checkpoint())
     stage = next(stage for stage in stages_of(model) if stage.name == name)
-    runner = OrtEngine(demo_bundle).load(demo_bundle.stage(name))
+    engine = OrtEngine(demo_bundle)
     assert real_inputs[name]
     for case in real_inputs[name]:
         with torch.no_grad():
             expected = stage.module(*(torch.from_numpy(case[tensor]) for tensor in stage.input_names))
         expected = [expected] if isinstance(expected, torch.Tensor) else expected
-        found = runner.run(case)
+        found = run_once(engine, name, case)
         for output, tensor in zip(stage.output_names, expected, strict=True):
             assert relative_error(found[output], tensor.numpy())[1] <= 1e-4, output
 

@@ -249,12 +249,7 @@ class Autoencoder:
     """The bundle's temporal VAE: pictures -> latents -> pictures, one latent frame at a time."""
 
     def __init__(self, opened: OpenBundle):
-        runners = {
-            name: opened.engine.load(opened.bundle.stage(name))
-            for name in ("vae_encode_first", "vae_encode_steady", "vae_decode_first", "vae_decode_steady")
-        }
-        self._encoder = StreamingVAE(runners["vae_encode_first"], runners["vae_encode_steady"], "frames", "latents")
-        self._decoder = StreamingVAE(runners["vae_decode_first"], runners["vae_decode_steady"], "latents", "frames")
+        self._encoder, self._decoder = (StreamingVAE(opened.engine, direction) for direction in ("encode", "decode"))
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [T, H, W, 3] -> the same; a group that is not full is completed by repeating the last frame."""
@@ -264,10 +259,10 @@ class Autoencoder:
         start, size = 0, 1
         while start < len(frames):
             group = frames[np.minimum(np.arange(start, start + size), len(frames) - 1)]
-            pixels = np.zeros((1, 3, size, *frames.shape[1:3]), np.float32)
             for i, frame in enumerate(group):
-                to_unit(frame, pixels[0, :, i])
-            pictures += to_pictures(self._decoder(np.ascontiguousarray(self._encoder(pixels))))
+                to_unit(frame, self._encoder.input[0, :, i])
+            self._decoder.input[...] = self._encoder()
+            pictures += to_pictures(self._decoder())
             start, size = start + size, 4
         return np.stack(pictures[: len(frames)])
 

@@ -15,7 +15,7 @@ from factorportrait.export.models.factorportrait import ClipConditions, stream_m
 from factorportrait.runtime.conditions import ConditionBuilder, Group
 from factorportrait.runtime.loop import ChunkConditions, Denoiser
 from factorportrait.runtime.schedule import NoiseSource, constant_guidance, flow_schedule
-from factorportrait.runtime.session import STAGES, open_bundle
+from factorportrait.runtime.session import open_bundle
 from factorportrait.runtime.timing import Timings
 
 
@@ -29,13 +29,18 @@ def model(tiny_checkpoint):
     return load_checkpoint(tiny_checkpoint).eval()
 
 
-def runners(opened):
-    return {name: opened.engine.load(opened.bundle.stage(name)) for name in STAGES}
+def make_denoiser(opened, window=5, chunk=2):
+    config = opened.config
+    noise = NoiseSource(7, (16, config.latent_height, config.latent_width))
+    return Denoiser(
+        opened.engine, flow_schedule(1, 1.0), constant_guidance({}, 1), noise,
+        mode="stream", chunk_frames=chunk, window_frames=window, timings=Timings(),
+    )  # fmt: skip
 
 
 def make_builder(opened):
-    neutral = opened.bundle.constants()["neutral_code"]
-    return ConditionBuilder(opened.config, runners(opened), constant_guidance({}, 1), neutral, Timings())
+    neutral, buffers = opened.bundle.constants()["neutral_code"], make_denoiser(opened).condition_buffers
+    return ConditionBuilder(opened.config, opened.engine, constant_guidance({}, 1), neutral, Timings(), buffers)
 
 
 def random_groups(config, count, seed=0):
@@ -57,10 +62,10 @@ def test_chunked_conditions_equal_the_whole_clip(opened, model, sizes):
     groups = random_groups(opened.config, sum(sizes))
     builder, chunks, first = make_builder(opened), [], 0
     for size in sizes:
-        chunks.append(builder.chunk(groups[first : first + size], first))
+        chunk = builder.chunk(groups[first : first + size], first)
+        chunks.append((chunk.tokens[0].copy(), chunk.modulation[0].copy()))
         first += size
-    modulation = np.concatenate([chunk.modulation[0] for chunk in chunks], axis=1)
-    tokens = np.concatenate([chunk.tokens[0] for chunk in chunks], axis=1)
+    tokens, modulation = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
     with torch.no_grad():
         codes = torch.from_numpy(np.concatenate([group.codes for group in groups], axis=1))
         expected = model.clip_modulation(codes)[:, 1:]
@@ -127,13 +132,7 @@ def test_training_mask_equals_the_deployed_cache(opened, model, sizes):
     with torch.no_grad():
         tokens = model.clip_condition_tokens(conditions).numpy()
     modulation = conditions.expression_modulation.numpy()
-    schedule, guidance = flow_schedule(1, 1.0), constant_guidance({}, 1)
-    noise = NoiseSource(7, (16, h, w))
-    load = runners(opened)
-    denoiser = Denoiser(
-        load["dit"], load["time_embed"], schedule, guidance, noise,
-        mode="stream", chunk_frames=max(sizes), window_frames=window, timings=Timings(),
-    )  # fmt: skip
+    denoiser = make_denoiser(opened, window, max(sizes))
     denoiser.set_reference([tokens[:, :1]], [modulation[:, :1]])
     clean, first = [], 0
     for size in sizes:
@@ -142,7 +141,7 @@ def test_training_mask_equals_the_deployed_cache(opened, model, sizes):
         clean.append(denoiser.generate(chunk).copy())
         first += size
     last = sizes[-1]
-    start = noise.draw(frames - last, last, 0, np.zeros((1, 16, last, h, w), np.float32))
+    start = denoiser.noise.draw(frames - last, last, 0, np.zeros((1, 16, last, h, w), np.float32))
     latents = torch.from_numpy(np.concatenate([*clean[:-1], start], axis=2))
     timesteps = torch.zeros(1, frames)
     timesteps[:, frames - last :] = 1000.0

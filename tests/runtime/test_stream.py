@@ -31,12 +31,12 @@ def random_conditions(rng, config, count):
     return tokens, modulation
 
 
-def make_denoiser(opened, schedule, guidance, *, mode="stream", chunk=2, window=5, seed=7):
-    config, load = opened.config, lambda name: opened.engine.load(opened.bundle.stage(name))
+def make_denoiser(opened, schedule, guidance, *, mode="stream", chunk=2, window=5, seed=7, in_place=False):
+    config = opened.config
     noise = NoiseSource(seed, (16, config.latent_height, config.latent_width))
     return Denoiser(
-        load("dit"), load("time_embed"), schedule, guidance, noise,
-        mode=mode, chunk_frames=chunk, window_frames=window, timings=Timings(),
+        opened.engine, schedule, guidance, noise,
+        mode=mode, chunk_frames=chunk, window_frames=window, timings=Timings(), in_place=in_place,
     )  # fmt: skip
 
 
