@@ -9,7 +9,7 @@ one sample, their median. Three designs, the strongest that the samples allow:
 - `rounds`: whole runs took turns (A B A B ...), in processes of their own. What differs from process to process is part of the
   noise (Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, 2013), so a round is one sample: Student's interval.
 - `blocks`: one run after the other. The standard error of the ratio of medians comes from a bootstrap of circular blocks
-  (Politis and Romano 1992) of n^(1/3) neighbouring repetitions, which keeps their correlation; what happened to the machine
+  (Politis and Romano 1992) of sqrt(n) neighbouring repetitions, which keeps their correlation; what happened to the machine
   between the two runs it cannot know.
 
 Intervals hold for all rows of a comparison at once (Bonferroni): a table of a hundred rows raises a false alarm as rarely as one.
@@ -132,7 +132,7 @@ def signed_rank_quantile(n: int, tail: float) -> int:
 
 
 def block_length(n: int) -> int:
-    return math.ceil(n ** (1 / 3) - 1e-9)
+    return math.ceil(math.sqrt(n))
 
 
 def block_indices(n: int, count: int, rng: np.random.Generator) -> np.ndarray:
