@@ -8,13 +8,15 @@ carries everything of the patch embedding but the noise, `expression_modulation`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from factorportrait.export.models.animate import FaceAdapter, FaceEncoder, MotionEncoder
+from factorportrait.export.models.ray_adapter import RayAdapter
 from factorportrait.model_config import DiTConfig, FusionConfig
 
 
@@ -59,13 +61,16 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Projections of one attention; the caller decides which keys and values are seen."""
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig, *, image: bool = False):
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+        if image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
 
     def split_heads(self, x: Tensor) -> Tensor:
         # x: [B, S, D] -> [B, H, S, E]
@@ -73,8 +78,13 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         # q: [B, H, S, E], k, v: [B, H, S', E], mask: [S, S'] True where seen -> [B, S, D]
+        return self.o(self.look_up(q, k, v, mask))
+
+    @staticmethod
+    def look_up(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        # As `attend`, before the last projection
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
-        return self.o(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
 
 @dataclass
@@ -86,7 +96,7 @@ class Rotary:
 
 
 class Block(nn.Module):
-    """Self-attention, optional cross-attention to text, feed-forward; shift, scale and gate from the modulation."""
+    """Self-attention, optional cross-attention to text and a picture, feed-forward; shift, scale, gate from the modulation."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -95,7 +105,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         if config.text_dim is not None:
             self.norm3 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else nn.Identity()
-            self.cross_attn = Attention(config)
+            self.cross_attn = Attention(config, image=config.image_dim is not None)
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
@@ -114,6 +124,7 @@ class Block(nn.Module):
         past_kv: tuple[Tensor, Tensor] | None = None,
         text_kv: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
+        image_kv: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,F,T,D], modulation [B,F,6,D] fp32, past_kv 2 x [B,P,T,D] -> x, new keys (unrotated) and values [B,F,T,D]."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (
@@ -130,10 +141,14 @@ class Block(nn.Module):
         out = attention.attend(apply_rotary(q, rotary.query), k, attention.split_heads(v), mask)
         x = (x + out.view_as(x) * gate_a).to(x.dtype)
         if text_kv is not None:
+            attention = self.cross_attn
             h = self.norm3(x.float()).to(x.dtype).flatten(1, 2)
-            q = self.cross_attn.split_heads(self.cross_attn.norm_q(self.cross_attn.q(h)))
-            k, v = (self.cross_attn.split_heads(t) for t in text_kv)
-            x = x + self.cross_attn.attend(q, k, v).view_as(x)
+            q = attention.split_heads(attention.norm_q(attention.q(h)))
+            # Text and picture are attended to apart, each with a softmax of its own.
+            out = attention.look_up(q, *map(attention.split_heads, text_kv))
+            if image_kv is not None:
+                out = out + attention.look_up(q, *map(attention.split_heads, image_kv))
+            x = x + attention.o(out).view_as(x)
         x = (x + self.ffn(self.modulate(x, shift_f, scale_f)) * gate_f).to(x.dtype)
         return x, new_k.view_as(x), new_v.view_as(x)
 
@@ -155,6 +170,20 @@ class Head(nn.Module):
         return self.head((normed * (1 + scale) + shift).to(x.dtype))
 
 
+class ImageEmbedding(nn.Module):
+    """Tokens of an image encoder to the transformer's width (Wan I2V)."""
+
+    def __init__(self, image_dim: int, dim: int):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        # image: [B, L, image_dim] -> [B, L, D]
+        return self.proj(image)
+
+
 class WanDiT(nn.Module):
     """The transformer and the embeddings that feed it."""
 
@@ -169,6 +198,19 @@ class WanDiT(nn.Module):
             self.text_embedding = nn.Sequential(
                 nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
             )
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config.image_dim, dim)
+        if config.reference_channels is not None:
+            self.ref_conv = nn.Conv2d(config.reference_channels, dim, (ph, pw), (ph, pw))
+        if config.pose_channels is not None:
+            self.pose_patch_embedding = nn.Conv3d(config.pose_channels, dim, config.patch_size, config.patch_size)
+        if config.ray_adapter is not None:
+            self.control_adapter = RayAdapter(config.ray_adapter, config)
+        if config.face is not None:
+            self.motion_encoder = MotionEncoder(config.face)
+            self.face_encoder = FaceEncoder(config.face, dim)
+            adapters = (FaceAdapter(config) for _ in range(0, config.num_layers, config.face.block_interval))
+            self.face_adapter = nn.ModuleDict({"fuser_blocks": nn.ModuleList(adapters)})
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -197,7 +239,7 @@ class WanDiT(nn.Module):
         _, ph, pw = self.config.patch_size
         patches = latents.reshape(batch, channels, frames, height // ph, ph, width // pw, pw)
         patches = patches.permute(0, 2, 3, 5, 1, 4, 6).reshape(batch, frames, -1, channels * ph * pw)
-        return F.linear(patches, weight.flatten(1), bias)
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
 
     def embed_noise(self, noise_latents: Tensor) -> Tensor:
         """[B,C,F,h,w] -> [B,F,T,D], the noise's share of the patch embedding."""
@@ -205,12 +247,39 @@ class WanDiT(nn.Module):
 
     def embed_conditions(self, reference_latents: Tensor, rays: Tensor, pose_latents: Tensor) -> Tensor:
         """reference, pose [B,C,F,h,w], rays [B,6 or 24,F,h,w] -> condition tokens [B,F,T,D], bias included."""
+        return self.embed_streams({"reference": reference_latents, "camera": rays, "pose": pose_latents})
+
+    def embed_streams(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Every stream but the noise by name [B,C,F,h,w] -> condition tokens [B,F,T,D], bias included; not for text alone."""
         weight = self.patch_embedding.weight
-        inputs = {"reference": reference_latents, "camera": rays, "pose": pose_latents}
         order = [stream for stream in self.fusion.streams if stream != "noise"]
-        latents = torch.cat([inputs[stream] for stream in order], dim=1)
+        latents = torch.cat([streams[stream] for stream in order], dim=1)
         selected = torch.cat([weight[:, self.fusion.slice(stream)] for stream in order], dim=1)
         return self.embed_patches(latents, selected, self.patch_embedding.bias)
+
+    def embed_nothing(self, batch: int, frames: int) -> Tensor:
+        """Condition tokens [B,F,T,D] of a network that has no stream but the noise: the bias."""
+        rows, columns = self.grid
+        return self.patch_embedding.bias.expand(batch, frames, rows * columns, -1)
+
+    def embed_reference(self, latents: Tensor) -> Tensor:
+        """Reference latents [B,C,1,h,w] -> tokens [B,1,T,D] of slot 0 (Fun Control); its noise is zero."""
+        return self.embed_patches(latents, self.ref_conv.weight.unsqueeze(2), self.ref_conv.bias)
+
+    def embed_pose(self, latents: Tensor) -> Tensor:
+        """Pose latents [B,C,F,h,w] -> tokens [B,F,T,D] to be added (Animate, slots 1..N)."""
+        return self.embed_patches(latents, self.pose_patch_embedding.weight, self.pose_patch_embedding.bias)
+
+    def embed_image(self, image: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """An image encoder's tokens [B,L,image_dim] -> keys and values [B,L,D] of every block's cross-attention."""
+        context = self.img_emb(image)
+        attentions = [block.cross_attn for block in self.blocks]
+        return [(attention.norm_k_img(attention.k_img(context)), attention.v_img(context)) for attention in attentions]
+
+    def embed_face(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Motion codes [B,1+4N,code_dim] -> keys and values [B,2+N,M,D] of every adapter; slot 0 has zero tokens (Animate)."""
+        tokens = F.pad(self.face_encoder(codes), (0, 0, 0, 0, 1, 0))
+        return [adapter.keys_values(tokens) for adapter in self.face_adapter["fuser_blocks"]]
 
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """timesteps [B,F] in 0..1000 -> temb [B,F,D], timestep_proj [B,F,6,D]."""
@@ -220,7 +289,7 @@ class WanDiT(nn.Module):
 
     def embed_text(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
         """text [B,L,text_dim] -> keys and values [B,L,D] of every block's cross-attention."""
-        context = self.text_embedding(text)
+        context = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
         return [
             (block.cross_attn.norm_k(block.cross_attn.k(context)), block.cross_attn.v(context)) for block in self.blocks
         ]
@@ -245,6 +314,8 @@ class WanDiT(nn.Module):
         past_kv: list[tuple[Tensor, Tensor]] | None = None,
         text_kv: list[tuple[Tensor, Tensor]] | None = None,
         mask: Tensor | None = None,
+        image_kv: list[tuple[Tensor, Tensor]] | None = None,
+        face_kv: list[tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """One evaluation over F latent frames that see P cached ones and each other.
 
@@ -257,6 +328,8 @@ class WanDiT(nn.Module):
             past_kv: per block unrotated keys and values [B,P,T,D].
             text_kv: per block keys and values of the prompt.
             mask: [F*T, (P+F)*T] True where seen; training only.
+            image_kv: per block keys and values of a picture, from `embed_image`.
+            face_kv: per face adapter its keys and values, from `embed_face`.
 
         Returns:
             velocity [B,C,F,h,w], and per block the new unrotated keys and values [B,F,T,D].
@@ -264,8 +337,9 @@ class WanDiT(nn.Module):
         x = self.embed_noise(noise_latents) + condition_tokens
         modulation = timestep_proj.float() + expression_modulation.float()
         x, new_kv = self.run_blocks(
-            self.blocks, x, modulation, self.rotary_pair(positions, past_positions), past_kv, text_kv, mask
-        )
+            self.blocks, x, modulation, self.rotary_pair(positions, past_positions), past_kv, text_kv, mask, image_kv,
+            self.adapters_of(0, len(self.blocks), face_kv),
+        )  # fmt: skip
         return self.unpatchify(self.head(x, temb)), new_kv
 
     @staticmethod
@@ -277,15 +351,38 @@ class WanDiT(nn.Module):
         past_kv: list[tuple[Tensor, Tensor]] | None = None,
         text_kv: list[tuple[Tensor, Tensor]] | None = None,
         mask: Tensor | None = None,
+        image_kv: list[tuple[Tensor, Tensor]] | None = None,
+        adapters: Mapping[int, tuple[FaceAdapter, Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """x [B,F,T,D] through `blocks` -> x, and per block the new keys and values; past_kv and text_kv have one item per block."""
+        """x [B,F,T,D] through `blocks` -> x, and per block the new keys and values.
+
+        past_kv, text_kv and image_kv have one item per block, adapters those of `adapters_of`.
+        """
         new_kv = []
         for i, block in enumerate(blocks):
             x, k, v = block(
-                x, modulation, rotary, past_kv[i] if past_kv else None, text_kv[i] if text_kv else None, mask
-            )
+                x, modulation, rotary, past_kv[i] if past_kv else None, text_kv[i] if text_kv else None, mask,
+                image_kv[i] if image_kv else None,
+            )  # fmt: skip
+            if adapters and i in adapters:
+                adapter, face_k, face_v = adapters[i]
+                x = x + adapter(x, face_k, face_v)
             new_kv.append((k, v))
         return x, new_kv
+
+    def adapters_of(
+        self, start: int, end: int, face_kv: list[tuple[Tensor, Tensor]] | None
+    ) -> dict[int, tuple[FaceAdapter, Tensor, Tensor]]:
+        """Adapters behind the blocks from `start` to before `end`, by a block's place among these, with their keys and values."""
+        if face_kv is None:
+            return {}
+        interval = self.config.face.block_interval
+        adapters = self.face_adapter["fuser_blocks"]
+        return {
+            block - start: (adapters[block // interval], *face_kv[block // interval])
+            for block in range(start, end)
+            if block % interval == 0
+        }
 
     def rotary_pair(self, positions: Tensor, past_positions: Tensor | None) -> Rotary:
         """Factors for the frames and, in front of them, the cached ones."""
