@@ -315,12 +315,17 @@ def markdown(comparison: Comparison) -> str:
                 f"{percent(change.estimate)} | {interval} | {detectable} | {shown} |"
             )
     if comparison.skipped:
-        lines += ["", "Not compared: " + "; ".join(f"{cell(key)} ({cell(reason)})" for key, reason in comparison.skipped) + "."]
+        lines += [
+            "",
+            "Not compared: " + "; ".join(f"{cell(key)} ({cell(reason)})" for key, reason in comparison.skipped) + ".",
+        ]
     shifts = [case.machine_change for case in comparison.cases if case.machine_change]
     notes = list(comparison.notes)
     if shifts:
         worst = max(shifts, key=abs)
-        notes.append(f"Fixed arithmetic itself changed by up to {percent(worst)} between the runs; limits were widened by that.")
+        notes.append(
+            f"Fixed arithmetic itself changed by up to {percent(worst)} between the runs; limits were widened by that."
+        )
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join(lines) + "\n"
 

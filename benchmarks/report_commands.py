@@ -28,7 +28,9 @@ def add_report(commands) -> None:
     )  # fmt: skip
     command.add_argument("report", type=Path, help="latency.json, or the folder that holds it")
     command.add_argument("--output", "-o", type=Path, help="folder (default: the report's own)")
-    command.add_argument("--readme", type=Path, metavar="FILE", help="put the performance table between this file's two markers")
+    command.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the performance table between this file's two markers"
+    )
     command.set_defaults(function=report)
 
 
@@ -38,9 +40,13 @@ def add_compare(commands) -> None:
         description="Compare two runs of one machine case by case and stage by stage. Runs that took turns can be given together: "
         "BASE HEAD BASE HEAD ... (four rounds or more).",
     )  # fmt: skip
-    command.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="BASE HEAD, or BASE HEAD BASE HEAD ...")
+    command.add_argument(
+        "reports", nargs="+", type=Path, metavar="REPORT", help="BASE HEAD, or BASE HEAD BASE HEAD ..."
+    )
     command.add_argument("--threshold", default="5%", help="relative change that counts (default 5%%)")
-    command.add_argument("--min-ms", type=float, default=0.1, metavar="MS", help="change per chunk that counts (default 0.1)")
+    command.add_argument(
+        "--min-ms", type=float, default=0.1, metavar="MS", help="change per chunk that counts (default 0.1)"
+    )
     command.add_argument("--allow-different-machines", action="store_true", help="compare although the machines differ")
     command.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to a file")
     command.set_defaults(function=compare)
@@ -52,7 +58,9 @@ def add_history(commands) -> None:
         description="Read every report below a folder, order them by commit date, and tell where times changed.",
     )  # fmt: skip
     command.add_argument("folder", type=Path, help="holds reports of fp-bench run, at any depth")
-    command.add_argument("--output", "-o", type=Path, metavar="FILE", help="page to write (default FOLDER/history.html)")
+    command.add_argument(
+        "--output", "-o", type=Path, metavar="FILE", help="page to write (default FOLDER/history.html)"
+    )
     command.set_defaults(function=history)
 
 
@@ -62,10 +70,16 @@ def add_pareto(commands) -> None:
         description="Match quality reports with rows of latency reports that ran the same bundle in the same way (mode, precision, "
         "steps, window), and mark those that no other beats in both.",
     )  # fmt: skip
-    command.add_argument("--latency", nargs="+", type=Path, required=True, metavar="REPORT", help="latency.json, or folders")
-    command.add_argument("--quality", nargs="+", type=Path, required=True, metavar="REPORT", help="quality.json, or folders")
+    command.add_argument(
+        "--latency", nargs="+", type=Path, required=True, metavar="REPORT", help="latency.json, or folders"
+    )
+    command.add_argument(
+        "--quality", nargs="+", type=Path, required=True, metavar="REPORT", help="quality.json, or folders"
+    )
     command.add_argument("--metric", default="psnr", help="figure of the quality reports (default psnr)")
-    command.add_argument("--output", "-o", type=Path, default=Path("pareto.html"), metavar="FILE", help="default pareto.html")
+    command.add_argument(
+        "--output", "-o", type=Path, default=Path("pareto.html"), metavar="FILE", help="default pareto.html"
+    )
     command.set_defaults(function=pareto)
 
 
@@ -87,7 +101,9 @@ def compare(options: argparse.Namespace) -> int:
     from factorportrait.benchmarks.compare import Thresholds, compare_files, markdown
 
     if not options.min_ms >= 0:
-        raise UserError("--min-ms", expected="milliseconds, 0 or more", found=str(options.min_ms), action="0.1 is usual")
+        raise UserError(
+            "--min-ms", expected="milliseconds, 0 or more", found=str(options.min_ms), action="0.1 is usual"
+        )
     thresholds = Thresholds(parse_share(options.threshold, "--threshold"), options.min_ms)
     found = compare_files(options.reports, thresholds, options.allow_different_machines)
     text = markdown(found)
