@@ -15,7 +15,7 @@ from rich.table import Table
 
 from factorportrait.bundle import Bundle, Manifest
 from factorportrait.command import run_command
-from factorportrait.export import build
+from factorportrait.export import build, plan_cli
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, is_shipped_checkpoint, shipped_checkpoint
 
 COMMAND = "fp-export"
@@ -27,6 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["inspect"]:
         options = _inspect_parser().parse_args(arguments[1:])
         return run_command(COMMAND, lambda: _inspect(options))
+    if arguments[:1] == ["build"]:
+        options = plan_cli.build_parser(COMMAND).parse_args(arguments[1:])
+        return run_command(COMMAND, lambda: plan_cli.run_build(options))
+    if arguments[:1] == ["plans"]:
+        options = plan_cli.plans_parser(COMMAND).parse_args(arguments[1:])
+        return run_command(COMMAND, lambda: plan_cli.run_plans(options))
     options = _export_parser().parse_args(arguments)
     return run_command(COMMAND, lambda: _export(options))
 
@@ -35,7 +41,8 @@ def _export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Export a checkpoint to a bundle of ONNX graphs, each checked against torch.",
-        epilog="fp-export inspect BUNDLE [--verify] [--json] prints a bundle. A checkpoint called inspect is ./inspect.",
+        epilog="fp-export inspect BUNDLE prints a bundle, build BUNDLE builds its TensorRT plans, plans list and plans prune look "
+        "after them; each has --help. A checkpoint called inspect is ./inspect.",
     )
     parser.add_argument(
         "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT",

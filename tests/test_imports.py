@@ -16,7 +16,7 @@ ALLOWED = {
     "factorportrait": set(),
     "engines": set(),
     "runtime": {"engines"},
-    "export": set(),
+    "export": {"engines", "runtime"},
     "benchmarks": {"runtime", "engines", "export"},
 }
 # Modules that are written in a heavy package's own language: imported inside functions only.
@@ -65,6 +65,13 @@ def test_the_contract_and_the_export_command_need_no_torch():
     code = f"import sys, {', '.join(names)}, factorportrait.export.cli\nprint(*(set({HEAVY}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT / "tests")
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_export_looks_at_what_runs_its_graphs_late():
+    """Calibration, gates and plans run graphs; writing a graph needs no engine."""
+    for file in (ROOT / "export").rglob("*.py"):
+        names = imports(file, top_level_only=True)
+        assert not [name for name in names if name.startswith(("factorportrait.engines", "factorportrait.runtime"))], file
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

@@ -1,0 +1,118 @@
+"""Memory, one stream and graphs of a GPU over cuda.bindings. Every return code is checked."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterable
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from factorportrait.engines.base import DeviceArray
+from factorportrait.engines.tensorrt.machine import INSTALL_HINT
+from factorportrait.errors import UserError
+
+
+class CudaError(RuntimeError):
+    """A call of CUDA failed."""
+
+
+class Device:
+    """The first GPU and the stream on which everything of an engine runs, so that work is done in the order of the calls.
+
+    Raises:
+        UserError: the package cuda-bindings is not installed.
+        CudaError: the GPU does not answer.
+    """
+
+    def __init__(self):
+        try:
+            from cuda.bindings import runtime
+        except ImportError as error:
+            raise UserError("TensorRT", expected="the package cuda-bindings", found="none", action=INSTALL_HINT) from error
+        self.runtime = runtime
+        self._call(runtime.cudaSetDevice, 0)
+        # Not the default stream, which waits for all others and cannot be captured.
+        self.stream = int(self._call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking))
+        weakref.finalize(self, runtime.cudaStreamDestroy, self.stream)
+
+    def zeros(self, shape: Iterable[int], dtype: str) -> DeviceArray:
+        """New memory filled with zeros; an empty array has an address of its own, as TensorRT wants it."""
+        shape = tuple(shape)
+        num_bytes = max(1, prod(shape) * np.dtype(dtype).itemsize)
+        address = int(self._call(self.runtime.cudaMalloc, num_bytes))
+        array = DeviceArray(address, shape, dtype, _Owner(self.runtime.cudaFree, address))
+        self._call(self.runtime.cudaMemsetAsync, address, 0, num_bytes, self.stream)
+        return array
+
+    def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """New page-locked host memory, which the GPU copies without a detour."""
+        num_bytes = max(1, prod(shape) * np.dtype(dtype).itemsize)
+        address = int(self._call(self.runtime.cudaMallocHost, num_bytes))
+        memory = (ctypes.c_byte * num_bytes).from_address(address)
+        weakref.finalize(memory, self.runtime.cudaFreeHost, address)
+        return np.frombuffer(memory, dtype, count=prod(shape)).reshape(shape)
+
+    def copy(self, source: np.ndarray | DeviceArray, target: np.ndarray | DeviceArray) -> None:
+        """Copy; where the host is a part of it, wait until it is done: then the host may use its array again."""
+        if source.nbytes != target.nbytes or str(source.dtype) != str(target.dtype):
+            raise ValueError(f"copy of {source.dtype} {list(source.shape)} to {target.dtype} {list(target.shape)}")
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDefault
+        addresses = [
+            array.address if isinstance(array, DeviceArray) else array.ctypes.data for array in (target, source)
+        ]
+        self._call(self.runtime.cudaMemcpyAsync, *addresses, source.nbytes, kind, self.stream)
+        if isinstance(source, np.ndarray) or isinstance(target, np.ndarray):
+            self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait for all work so far."""
+        self._call(self.runtime.cudaStreamSynchronize, self.stream)
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes of the GPU."""
+        free, total = self._call(self.runtime.cudaMemGetInfo)
+        return int(free), int(total)
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """Record what `enqueue` puts on the stream, without running it, and return the function that replays it.
+
+        Raises:
+            CudaError: something in it cannot be captured.
+        """
+        runtime = self.runtime
+        self.synchronize()
+        self._call(runtime.cudaStreamBeginCapture, self.stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            enqueue()
+        except BaseException:
+            runtime.cudaStreamEndCapture(self.stream)  # ends the capture; its own error says less than the one on its way
+            raise
+        graph = self._call(runtime.cudaStreamEndCapture, self.stream)
+        if graph is None or not int(graph):
+            raise CudaError("the capture gave no graph")
+        owner = _Owner(runtime.cudaGraphDestroy, graph)
+        executable = self._call(runtime.cudaGraphInstantiate, graph, 0)
+        owners = owner, _Owner(runtime.cudaGraphExecDestroy, executable)
+
+        def replay(_owners=owners) -> None:
+            self._call(runtime.cudaGraphLaunch, executable, self.stream)
+
+        return replay
+
+    def _call(self, function: Callable, *arguments: Any) -> Any:
+        """What a function of CUDA's runtime returns behind its error code: nothing, a value, or a tuple."""
+        code, *values = function(*arguments)
+        if int(code):
+            name = getattr(function, "__name__", str(function))
+            raise CudaError(f"{name}: {getattr(code, 'name', code)}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+class _Owner:
+    """Frees something of CUDA when the last user of it is gone."""
+
+    def __init__(self, free: Callable, handle: Any):
+        weakref.finalize(self, free, handle)
