@@ -16,10 +16,20 @@ from torch import Tensor
 from factorportrait.bundle import TensorSpec
 from factorportrait.errors import UserError
 from factorportrait.export.models.factorportrait import FactorPortrait
-from factorportrait.export.stages import EXAMPLE_TEXT, Examples, Stage, condition_inputs, dit_inputs
+from factorportrait.export.stages import (
+    EXAMPLE_TEXT,
+    DiTRange,
+    Examples,
+    Stage,
+    condition_inputs,
+    dit_inputs,
+    in_place_inputs,
+)
 
 # Frames and cached frames: the reference, a first chunk, a later one, a clip. None is the exporter's example.
 DIT_CASES = ((1, 0), (2, 1), (2, 7), (4, 0))
+# Frames, used slots and the first slot that is written: the reference, a first chunk, one amid a full ring, its last one.
+IN_PLACE_CASES = ((1, 1, 0), (2, 3, 1), (2, 7, 3), (3, 7, 4))
 SEED = 1234
 MISTAKE = "this is a mistake in the exporter or in ONNX Runtime"
 _NUMPY = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
@@ -133,7 +143,7 @@ class Cases:
 
     def of(self, stage: Stage) -> list[dict[str, Tensor]]:
         """The cases of a stage of `stages_of`, or of a range of blocks."""
-        if stage.name.startswith("dit_"):
+        if isinstance(stage.module, DiTRange) and stage.name != "dit":
             return list(self._dit_range(stage))
         return list(getattr(self, f"_{stage.name}")())
 
@@ -216,6 +226,11 @@ class Cases:
         for frames, past in DIT_CASES:
             noise, conditions = self.latents(frames), self._conditions(frames)
             yield dit_inputs(self.model, frames, past, SEED + frames, noise, conditions)
+
+    def _dit_inplace(self) -> Iterator[dict[str, Tensor]]:
+        for frames, used, first in IN_PLACE_CASES:
+            given = {"noise_latents": self.latents(frames), "conditions": self._conditions(frames)}
+            yield in_place_inputs(self.model, frames, used, first, SEED + frames, **given)
 
     @torch.no_grad()
     def _dit_range(self, stage: Stage) -> Iterator[dict[str, Tensor]]:

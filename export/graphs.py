@@ -13,9 +13,9 @@ import onnxscript.optimizer
 import torch
 
 from factorportrait.bundle import TensorSpec
-from factorportrait.export.stages import Stage
+from factorportrait.export.stages import OPSET, Stage
 
-OPSET = 23
+__all__ = ["OPSET", "export_stage", "tensor_specs", "weight_bytes", "write_graph"]
 # A protobuf file ends at 2 GB; weights above this lie in one file beside the graph.
 INLINE_LIMIT_BYTES = 1_500_000_000
 # Constants are computed at export up to this size; tables and rearranged weights are, nothing that grows with a clip is constant.
@@ -25,14 +25,14 @@ _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.Data
 
 
 def export_stage(stage: Stage) -> ir.Model:
-    """The graph of a stage, with the stage's names, opset 23.
+    """The graph of a stage, with the stage's names and opset.
 
     Raises:
         RuntimeError: the exporter failed, or its graph lacks a name. That is a mistake in the program, not of its user.
     """
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            stage.module, stage.args, dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
+            stage.module, stage.args, dynamo=True, opset_version=stage.opset, verbose=False, optimize=True,
             input_names=stage.input_names, output_names=stage.output_names, dynamic_shapes=_dynamic_shapes(stage),
         )  # fmt: skip
         model = program.model

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorportrait.arkit import ARKIT_NAMES
+from factorportrait.export.models.dit import CacheInPlace, Rotary
 from factorportrait.model_config import FRAMES_PER_LATENT
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from factorportrait.export.models.expression import ExpressionController
     from factorportrait.export.models.factorportrait import FactorPortrait
 
+OPSET = 23
 # Sizes of the example inputs. Not 0 or 1: the exporter takes those for constants.
 EXAMPLE_BATCH, EXAMPLE_FRAMES, EXAMPLE_PAST, EXAMPLE_TEXT = 2, 3, 5, 7
 
@@ -33,6 +35,7 @@ class Stage:
     Args:
         module: called with `args` in order; returns a tensor or a flat tuple of tensors.
         dynamic_shapes: per input a dict axis -> name of the symbolic size, or None.
+        opset: of ONNX; `TensorScatter` came with 24.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Stage:
     input_names: list[str]
     output_names: list[str]
     dynamic_shapes: dict | None = None
+    opset: int = OPSET
 
 
 class Call(nn.Module):
@@ -143,6 +147,56 @@ class DiTRange(nn.Module):
         if self.last:
             x = dit.unpatchify(dit.head(x, given["temb"]))
         return (x, *(tensor for pair in new_kv for tensor in pair))
+
+
+class InPlaceDiT(nn.Module):
+    """The transformer on a cache that it updates: `cache_k_out.i` is `cache_k.i` with the chunk's keys in its slots.
+
+    Whoever runs it binds both to one memory, so nothing is copied. Queries see all S slots of `key_positions`, without a mask.
+
+    Args:
+        capacity: slots of the cache; None for S, so that the part in use is bound. TensorRT compiles only a fixed number.
+    """
+
+    def __init__(self, dit: WanDiT, capacity: int | None = None):
+        super().__init__()
+        self.dit, self.capacity = dit, capacity
+        self.mutate = False  # torch writes into the cache given
+
+    @property
+    def input_names(self) -> list[str]:
+        """In the order of `forward`."""
+        names = ["noise_latents", "condition_tokens", "expression_modulation", "temb", "timestep_proj"]
+        names += ["positions", "key_positions", "write_index", *self._per_block("cache_{}.{}")]
+        return names + (self._per_block("text_{}.{}") if self.dit.config.text_dim is not None else [])
+
+    @property
+    def output_names(self) -> list[str]:
+        """In the order that `forward` returns."""
+        return ["velocity", *self._per_block("cache_{}_out.{}")]
+
+    def _per_block(self, name: str) -> list[str]:
+        return [name.format(part, block) for block in range(len(self.dit.blocks)) for part in "kv"]
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        """Shapes as in DESIGN.md; a cache is [1,1,S*T,D], `key_positions` [S], `write_index` [1] counts slots."""
+        given = dict(zip(self.input_names, args, strict=True))
+        dit, blocks = self.dit, range(len(self.dit.blocks))
+        tokens = given["condition_tokens"].shape[2]
+        row = given["write_index"] * tokens
+        num_rows = None if self.capacity is None else given["key_positions"].shape[0] * tokens
+        caches = [
+            CacheInPlace(given[f"cache_k.{block}"], given[f"cache_v.{block}"], row, num_rows, self.mutate) for block in blocks
+        ]
+        text_kv = None
+        if "text_k.0" in given:
+            text_kv = [(given[f"text_k.{block}"], given[f"text_v.{block}"]) for block in blocks]
+        x = dit.embed_noise(given["noise_latents"]) + given["condition_tokens"]
+        modulation = given["timestep_proj"].float() + given["expression_modulation"].float()
+        rotary = Rotary(dit.rotary(given["positions"]), dit.rotary(given["key_positions"]))
+        x, _ = dit.run_blocks(dit.blocks, x, modulation, rotary, caches, text_kv)
+        velocity = dit.unpatchify(dit.head(x, given["temb"]))
+        return (velocity, *(memory for cache in caches for memory in (cache.k, cache.v)))
 
 
 class Examples:
@@ -248,6 +302,23 @@ def dit_inputs(
     return inputs
 
 
+def in_place_inputs(model: FactorPortrait, frames: int, used: int, first: int, seed: int = 0, **given) -> dict[str, Tensor]:
+    """Inputs of `dit_inplace` for F latent frames that are written from slot `first` on and see S used ones.
+
+    Args:
+        given: further arguments of `dit_inputs`.
+    """
+    inputs = dit_inputs(model, frames, used, seed, **given)
+    order = torch.arange(used)
+    # Positions of a ring that has turned: the frames behind the chunk are the oldest ones.
+    order[1:] = 1 + (order[1:] - first - frames) % max(used - 1, 1)
+    inputs |= {"key_positions": order, "positions": order[first : first + frames].clone(), "write_index": torch.tensor([first])}
+    del inputs["past_positions"]
+    for name in [name for name in inputs if name.startswith("past_")]:
+        inputs[name.replace("past", "cache")] = inputs.pop(name).flatten(1, 2).unsqueeze(1)
+    return inputs
+
+
 # Symbolic sizes of the transformer's inputs: axis -> name.
 _DIT_SHAPES = {
     "noise_latents": {2: "F"},
@@ -258,6 +329,7 @@ _DIT_SHAPES = {
     "timestep_proj": {1: "F"},
     "positions": {0: "F"},
     "past_positions": {0: "P"},
+    "key_positions": {0: "S"},
     "past_k": {1: "P"},
     "past_v": {1: "P"},
     "text_k": {1: "L"},
@@ -287,6 +359,27 @@ def dit_stage(model: FactorPortrait, start: int = 0, end: int | None = None) -> 
         output_names=module.output_names,
         dynamic_shapes={name: _DIT_SHAPES[name.split(".")[0]] for name in module.input_names},
     )
+
+
+def in_place_stage(model: FactorPortrait, capacity: int | None = None) -> Stage:
+    """The transformer on a cache that it updates in place.
+
+    Args:
+        capacity: slots of the cache, the reference among them, for a back end that wants a fixed number; None for as many as used.
+    """
+    module = InPlaceDiT(model.dit, capacity).eval()
+    inputs = in_place_inputs(model, EXAMPLE_FRAMES, EXAMPLE_PAST, 1)
+    shapes = {name: _DIT_SHAPES.get(name.split(".")[0]) for name in module.input_names}
+    rows = model.config.tokens_per_frame
+    for name in module.input_names:
+        if not name.startswith("cache_"):
+            continue
+        if capacity is None:
+            shapes[name] = {2: f"{rows}*S"}
+        else:
+            inputs[name] = F.pad(inputs[name], (0, 0, 0, capacity * rows - inputs[name].shape[2]))
+    args = tuple(inputs[name] for name in module.input_names)
+    return Stage("dit_inplace", module, args, module.input_names, module.output_names, shapes, opset=24)
 
 
 def stages_of(model: FactorPortrait) -> list[Stage]:
@@ -329,6 +422,8 @@ def stages_of(model: FactorPortrait) -> list[Stage]:
         text = make.normal(1, EXAMPLE_TEXT, config.dit.text_dim)
         stages.append(Stage("text_embed", TextStage(dit), (text,), ["text"], names, {"text": {1: "L"}}))
     stages.append(dit_stage(model))
+    if "stream" in config.generation.modes:
+        stages.append(in_place_stage(model))
     for stage in stages:
         stage.module.eval()
     return stages

@@ -95,6 +95,37 @@ class Rotary:
     key: Tensor
 
 
+class CacheInPlace:
+    """Keys and values of one block in memory that the block writes itself: slot 0 is the reference, then a ring of frames.
+
+    Args:
+        k, v: [B,1,R,D], R rows of all slots, unrotated keys.
+        row: [B] int64, the row of the first token that is written.
+        num_rows: rows from the first that are attended to; None for all.
+        mutate: write into the memory given; False leaves it as it was. ONNX leaves this to whoever binds the tensors.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, row: Tensor, num_rows: int | None = None, mutate: bool = False):
+        self.k, self.v, self.row, self.num_rows, self.mutate = k, v, row, num_rows, mutate
+
+    def write(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """New k, v [B,S,D] into the memory -> the keys and values that are attended to."""
+        self.k, self.v = (self._scatter(memory, new.unsqueeze(1)) for memory, new in ((self.k, k), (self.v, v)))
+        if self.num_rows is None:
+            return self.k.flatten(1, 2), self.v.flatten(1, 2)
+        return self.k[:, :, : self.num_rows].flatten(1, 2), self.v[:, :, : self.num_rows].flatten(1, 2)
+
+    def _scatter(self, memory: Tensor, new: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            # TensorRT takes exactly this: four axes, the last but one is written, rows in a line.
+            return torch.onnx.ops.symbolic(
+                "TensorScatter", (memory, new, self.row), {"axis": -2, "mode": "linear"},
+                dtype=memory.dtype, shape=memory.shape, version=24,
+            )  # fmt: skip
+        rows = torch.arange(new.shape[2], device=new.device) + self.row
+        return memory.index_copy_(2, rows, new) if self.mutate else memory.index_copy(2, rows, new)
+
+
 class Block(nn.Module):
     """Self-attention, optional cross-attention to text and a picture, feed-forward; shift, scale, gate from the modulation."""
 
@@ -121,7 +152,7 @@ class Block(nn.Module):
         x: Tensor,
         modulation: Tensor,
         rotary: Rotary,
-        past_kv: tuple[Tensor, Tensor] | None = None,
+        past_kv: tuple[Tensor, Tensor] | CacheInPlace | None = None,
         text_kv: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         image_kv: tuple[Tensor, Tensor] | None = None,
@@ -135,7 +166,9 @@ class Block(nn.Module):
         q = attention.split_heads(attention.norm_q(attention.q(h)))
         new_k, new_v = attention.norm_k(attention.k(h)), attention.v(h)
         k, v = new_k, new_v
-        if past_kv is not None:
+        if isinstance(past_kv, CacheInPlace):
+            k, v = past_kv.write(k, v)
+        elif past_kv is not None:
             k, v = (torch.cat([past.flatten(1, 2), new], dim=1) for past, new in zip(past_kv, (k, v), strict=True))
         k = apply_rotary(attention.split_heads(k), rotary.key)
         out = attention.attend(apply_rotary(q, rotary.query), k, attention.split_heads(v), mask)
