@@ -1,4 +1,5 @@
-"""fp-bench: measurements of a bundle. `fp-bench quality BUNDLE` compares what it makes with ground-truth renders."""
+"""fp-bench: measurements of bundles. `fp-bench run` times one and its peers, `fp-bench quality BUNDLE` compares what it makes with
+ground-truth renders."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from factorportrait.benchmarks.report_commands import add_report_commands
 from factorportrait.command import run_command
 from factorportrait.errors import UserError
 
@@ -17,16 +19,42 @@ DEFAULT_IDENTITIES, DEFAULT_FRAMES = 20, 29
 
 
 def main(argv: list[str] | None = None) -> int:
-    # One BLAS thread: renders are then equal to the bit from run to run. It has to be said before NumPy is imported.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
     options = parser().parse_args(argv)
-    return run_command("fp-bench", lambda: quality(options))
+    return run_command("fp-bench", lambda: options.function(options))
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fp-bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_run(commands)
+    add_quality(commands)
+    add_report_commands(commands)
+    return parser
+
+
+def add_run(commands) -> None:
+    command = commands.add_parser(
+        "run", help="latency of cases and their peers: latency.json",
+        description="Time a bundle, its peers in the same run, and the limits of the machine. Cases are data: shipped ones by "
+        "name, or TOML files. Ctrl-C keeps what was measured until then.",
+    )  # fmt: skip
+    command.add_argument("bundle", nargs="?", help="bundle folder for cases that name none (default: the shipped demo)")
+    command.add_argument("--cases", nargs="+", metavar="NAME|FILE", default=["demo"], help="default: demo")
+    command.add_argument("--output", "-o", type=Path, default=Path("bench"), help="folder for the report (default bench)")
+    command.add_argument("--peers", metavar="A,B", help="only these peers, instead of the cases' own")
+    command.add_argument("--quick", action="store_true", help="few repetitions, wide intervals")
+    command.add_argument("--list", action="store_true", help="print the shipped cases and the peers, and stop")
+    command.set_defaults(function=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, write the report, print one line per row."""
+    from factorportrait.benchmarks.run import run_cases
+
+    return run_cases(options)
+
+
+def add_quality(commands) -> None:
     command = commands.add_parser(
         "quality", help="pictures against ground-truth renders: quality.json, contact sheets, quality.html",
         description="Generate test people that nothing was trained on, through the exported bundle and the runtime's own loop, "
@@ -48,11 +76,14 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help=f"{QUICK_IDENTITIES} people, {QUICK_FRAMES} frames unless said otherwise"
     )
     command.add_argument("--enforce", action="store_true", help=f"exit code {EXIT_MISSED} when a target is missed")
-    return parser
+    command.set_defaults(function=quality)
 
 
 def quality(options: argparse.Namespace) -> int:
     """Measure, write the report and print the verdicts."""
+    # One BLAS thread: renders are then equal to the bit from run to run. It has to be said before NumPy is imported.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
     from factorportrait.benchmarks.quality import measure
     from factorportrait.benchmarks.quality.report import write_report
     from factorportrait.bundle import Bundle

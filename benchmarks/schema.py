@@ -172,19 +172,25 @@ class Repetition:
         spin_ms: a fixed amount of arithmetic, timed just before.
         reference_ms: `set_reference`.
         first_frame_ms: from the beginning of `set_reference` to the first picture, driving frames handed over without delay.
+            Both are null for peers that make no pictures.
     """
 
     order: int
     started_s: float
     spin_ms: float
-    reference_ms: float
-    first_frame_ms: float
+    reference_ms: float | None
+    first_frame_ms: float | None
     chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Percentiles of `count` samples, ms; low and high bound the median with 95 % confidence (order statistics)."""
+    """Percentiles of `count` samples, ms.
+
+    low and high bound the median with 95 % confidence: order statistics of the repetitions' medians, since the samples of a
+    repetition are not independent. With fewer than 6 repetitions there is no such interval: then they are the smallest and the
+    largest sample.
+    """
 
     count: int
     mean: float
@@ -289,7 +295,7 @@ class Startup:
 
 @dataclass(frozen=True)
 class Energy:
-    """Of the GPU, by NVML's counter, over the steady chunks."""
+    """Of the GPUs, by NVML's counter, over whole repetitions."""
 
     per_frame_j: float
     mean_w: float
@@ -312,6 +318,7 @@ class Result:
         key: CASE/PEER; compare and history match rows of different reports by it and by `config`.
         config: the case's fields after defaults, as in its TOML.
         status: of STATUSES; `reason` says why where it is not "ok". An interrupted row keeps the repetitions that it has.
+        latency: null for a peer that measures some stages alone.
         execution: "serial" or "overlapped".
         accounted: sum of the stages over the wall time, steady chunks.
         waterfall: the stages of one steady chunk whose wall time is nearest the median.

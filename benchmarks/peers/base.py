@@ -1,0 +1,115 @@
+"""The interface of peers, and the clock that turns a session's spans into samples."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from factorportrait.benchmarks.cases import Case
+from factorportrait.benchmarks.schema import Chunk, Memory, Span, Startup
+from factorportrait.runtime import timing
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition as a peer measures it.
+
+    Attributes:
+        reference_ms, first_frame_ms: as in `schema.Repetition`; None where the peer makes no pictures.
+        spans: per chunk when each stage ran, ms since the chunk before was ready.
+    """
+
+    reference_ms: float | None
+    first_frame_ms: float | None
+    chunks: tuple[Chunk, ...]
+    spans: tuple[tuple[Span, ...], ...]
+
+
+class Subject(Protocol):
+    """A peer opened for one case, warm or not. It lives in a process of its own."""
+
+    startup: Startup
+    notes: tuple[str, ...]
+
+    def repeat(self, num_frames: int) -> Sample:
+        """Run a clip of so many frames from its reference on, and time it."""
+
+    def memory(self) -> Memory:
+        """What can be known about it here; peaks of the process are added by whoever runs it."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A plug-in.
+
+    Attributes:
+        unavailable: case -> why it cannot run here, or "". Cheap: it decides without loading anything.
+        open: case, bundle folder -> Subject; raises UserError where it turns out to be unavailable after all.
+        whole: it makes pictures; else only some stages are measured, and the row has no latency.
+    """
+
+    name: str
+    description: str
+    unavailable: Callable[[Case], str]
+    open: Callable[[Case, Path], Subject]
+    whole: bool = True
+    precision: str | None = None  # of its arithmetic; None for the bundle's
+    device: str = "cpu"
+
+
+def missing_package(module: str, extra: str) -> str:
+    """Why a peer that imports `module` cannot run, or ""."""
+    if importlib.util.find_spec(module) is None:
+        return f'the package {module} is not installed: pip install "factorportrait[{extra}]"'
+    return ""
+
+
+@dataclass
+class ChunkClock:
+    """Cuts one repetition into chunks. Times are `time.perf_counter_ns`.
+
+    Args:
+        spans: the list that the session appends to (`factorportrait.runtime.timing.Timings.spans`).
+        begin_ns: of the first push.
+    """
+
+    spans: list[timing.Span]
+    begin_ns: int
+    pushes: list[float] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    spans_ms: list[tuple[Span, ...]] = field(default_factory=list)
+
+    def pushed(self, start_ns: int, end_ns: int, *, same_frame: bool = False) -> None:
+        """A driving frame was taken; `same_frame`: the call belongs to the frame before (the end of the clip)."""
+        duration = 1e-6 * (end_ns - start_ns)
+        if same_frame and self.pushes:
+            self.pushes[-1] += duration
+        else:
+            self.pushes.append(duration)
+
+    def chunk(self, frames: int, past_frames: int, steady: bool, end_ns: int) -> None:
+        """A chunk is ready."""
+        stages: dict[str, float] = {}
+        spans = []
+        for span in number_steps(self.spans):
+            stages[span.stage] = stages.get(span.stage, 0.0) + 1e-6 * (span.end_ns - span.start_ns)
+            spans.append(Span(span.stage, 1e-6 * (span.start_ns - self.begin_ns), 1e-6 * (span.end_ns - self.begin_ns)))
+        wall_ms = 1e-6 * (end_ns - self.begin_ns)
+        self.chunks.append(Chunk(frames, past_frames, steady, wall_ms, tuple(self.pushes), stages))
+        self.spans_ms.append(tuple(spans))
+        self.spans.clear()
+        self.pushes.clear()
+        self.begin_ns = end_ns
+
+
+def number_steps(spans: Iterable[timing.Span]) -> Iterable[timing.Span]:
+    """The denoising steps of a chunk, which all are called "step", by their place."""
+    step = 0
+    for span in spans:
+        if span.stage == "step":
+            span = span._replace(stage=f"step.{step}")
+            step += 1
+        yield span

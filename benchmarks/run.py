@@ -1,0 +1,279 @@
+"""fp-bench run: cases in, latency.json out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from factorportrait.benchmarks.cases import CASES, Case, load_cases, materialise, near, resolve, shipped_names
+from factorportrait.benchmarks.limits import measure_gpu_limits, measure_limits
+from factorportrait.benchmarks.machine import describe_code, describe_machine, load_average, noise_of, versions
+from factorportrait.benchmarks.measure import Interrupted, ProcessWorker, WorkerError, bounded, measure_case
+from factorportrait.benchmarks.peers import PEERS
+from factorportrait.benchmarks.schema import Limits, Machine, Report, Result, Sweep, write_report
+from factorportrait.bundle import Bundle
+from factorportrait.errors import UserError
+
+SCOPE = (
+    "wall time by perf_counter_ns; from driving frames in memory (normals, camera, face crop) to pictures uint8 [H, W, 3] in host "
+    "memory; reading the driving and writing the video only in cases with io; loading, export and warm-up not counted"
+)
+QUICK = {"repetitions": 2, "max_repetitions": 3, "max_seconds": 20.0}
+COLD_STARTS = 3
+
+
+@dataclass
+class Run:
+    """What a run has gathered so far."""
+
+    started: float
+    machine: Machine
+    load: float | None
+    limits: dict[str, Limits]
+    results: list[Result]
+    quick: bool
+
+
+def run_cases(options: argparse.Namespace) -> int:
+    """Measure the cases of a command line.
+
+    Raises:
+        UserError: an unknown case, peer or key, or a bundle that is not there.
+    """
+    if options.list:
+        print_list()
+        return 0
+    cases = chosen_cases(options)
+    check_output(options.output)
+    run = Run(time.perf_counter(), describe_machine(), load_average(), {}, [], options.quick)
+    try:
+        for case in cases:
+            for point, sweep in case.points():
+                run.results += measure_point(run, point, sweep)
+                print_rows(run.results[-len(case.rows):])
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise
+        if isinstance(error, Interrupted):
+            run.results += error.results
+            error = error.__cause__
+        print(f"fp-bench: partial report: {finish(run, options, interrupted=True)}", file=sys.stderr)
+        raise error from None
+    path = finish(run, options)
+    print(f"fp-bench: {path}")
+    return 0
+
+
+def chosen_cases(options: argparse.Namespace) -> list[Case]:
+    """The cases, their peers known and their bundles there."""
+    cases = load_cases(options.cases, options.bundle)
+    if options.peers is not None:
+        names = tuple(name.strip() for name in options.peers.split(",") if name.strip())
+        cases = [replace(case, engine=names[0], peers=names[1:]) if names else replace(case, peers=()) for case in cases]
+    if options.quick:
+        cases = [replace(case, **QUICK) for case in cases]
+    for case in cases:
+        for name in case.rows:
+            if name not in PEERS:
+                raise UserError(
+                    f"case {case.name}: peer {name!r}", expected="one of " + ", ".join(PEERS), found="an unknown one",
+                    action=near(name, list(PEERS)) or "choose another",
+                )  # fmt: skip
+        if case.model is None and case.bundle != "demo":
+            materialise(case)  # nothing is made, only looked at
+    return cases
+
+
+def check_output(folder: Path) -> None:
+    """Raises UserError before anything is measured that could not be written."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}", expected="a folder", found="a file", action="choose another place")
+
+
+def measure_point(run: Run, case: Case, sweep: Sweep | None) -> list[Result]:
+    """Measure one case. What cannot run is a row that says why."""
+    say(f"{case.name}: {', '.join(case.rows)}")
+    try:
+        folder = materialise(case)
+        case = resolve(case, Bundle(folder).config)
+    except UserError as error:
+        return measure_case(case, {name: WorkerError(str(error), available=False) for name in case.rows}, sweep=sweep)
+    measure_needed_limits(run, case)
+    with opened_workers(case, folder) as workers:
+        results = measure_case(case, workers, sweep=sweep, origin=run.started, on_round=progress(case))
+    if case.cold_start:
+        results = [with_cold_start(result, case, folder, 1 if run.quick else COLD_STARTS) for result in results]
+    return with_limits(results, case, folder, run.limits)
+
+
+@contextlib.contextmanager
+def opened_workers(case: Case, folder: Path) -> Iterator[dict[str, ProcessWorker | WorkerError]]:
+    """A process per row, loaded one after another."""
+    workers: dict[str, ProcessWorker | WorkerError] = {}
+    try:
+        for name in case.rows:
+            if reason := PEERS[name].unavailable(case):
+                workers[name] = WorkerError(reason, available=False)
+                continue
+            try:
+                workers[name] = ProcessWorker(case, name, folder)
+            except WorkerError as error:
+                workers[name] = error
+        yield workers
+    finally:
+        for worker in workers.values():
+            if isinstance(worker, ProcessWorker):
+                worker.close()
+
+
+def measure_needed_limits(run: Run, case: Case) -> None:
+    """What the machine can do with the case's threads, once per run; a process of its own, because thread pools stay."""
+    wanted = {f"cpu {case.threads}": (measure_limits, case.threads, run.quick)}
+    if run.machine.gpus:
+        wanted["gpu"] = (measure_gpu_limits, run.quick)
+    for key, (function, *arguments) in wanted.items():
+        if key in run.limits:
+            continue
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                found = pool.submit(function, *arguments).result()
+            except BrokenProcessPool:
+                found = None
+        if found is not None:
+            run.limits[key] = found
+
+
+def with_cold_start(result: Result, case: Case, folder: Path, times: int) -> Result:
+    """Time fresh processes to their first picture."""
+    if result.status != "ok" or not PEERS[result.peer].whole:
+        return result
+    request = json.dumps({"case": dataclasses.asdict(case), "peer": result.peer, "folder": str(folder)})
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        done = subprocess.Popen(
+            [sys.executable, "-m", "factorportrait.benchmarks.cold", request], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        try:
+            if done.stdout.readline() != b"picture\n":
+                return replace(result, notes=(*result.notes, "cold start: a fresh process made no picture"))
+            seconds.append(time.perf_counter() - start)
+        finally:
+            done.kill()
+            done.communicate()
+    return replace(result, startup=replace(result.startup, cold_start_s=statistics.median(seconds)))
+
+
+def with_limits(results: Sequence[Result], case: Case, folder: Path, limits: dict[str, Limits]) -> list[Result]:
+    """Give the stages their work and their limit."""
+    from factorportrait.benchmarks.flops import chunk_work
+    from factorportrait.runtime.session import SessionOptions
+
+    options = SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window)
+    try:
+        works = chunk_work(Bundle(folder), options, num_frames=case.frames, coefficients=case.io and uses_coefficients())
+    except (ImportError, UserError) as error:
+        return [replace(result, notes=(*result.notes, f"operations were not counted: {error}")) for result in results]
+    found = []
+    for result in results:
+        peer = PEERS[result.peer]
+        machine = limits.get("gpu" if peer.device == "cuda" else f"cpu {case.threads}")
+        stages = [
+            bounded(stage, works[stage.name], machine, peer.precision or case.precision)
+            if machine and stage.name in works and peer.whole
+            else stage
+            for stage in result.stages
+        ]
+        found.append(replace(result, stages=tuple(stages)))
+    return found
+
+
+def uses_coefficients() -> bool:
+    """Whether the shipped driving of cases with io gives ARKit coefficients instead of pictures."""
+    from factorportrait.runtime.media.driving import open_driving
+    from factorportrait.shipped import shipped_inputs
+
+    return open_driving(shipped_inputs() / "driving_clip").coefficients is not None
+
+
+def finish(run: Run, options: argparse.Namespace, interrupted: bool = False) -> Path:
+    """Write the report."""
+    spins = [repetition.spin_ms for result in run.results for repetition in result.repetitions]
+    noise = noise_of(spins, None, run.load)
+    measured = [result.noise for result in run.results if result.repetitions]
+    steal, other = (
+        max((share for row in measured if (share := getattr(row, name)) is not None), default=None)
+        for name in ("steal_share", "other_share")
+    )
+    disturbed = sum(row.noisy for row in measured)
+    reasons = (*noise.reasons, *([f"{disturbed} of {len(measured)} rows were disturbed"] if disturbed else ()))
+    report = Report(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=("fp-bench", "run", *map(str, options.cases)), scope=SCOPE, machine=describe_machine(run.machine),
+        code=describe_code(), versions=versions(), limits=tuple(run.limits.values()),
+        noise=replace(noise, steal_share=steal, other_share=other, reasons=reasons),
+        results=tuple(run.results), seconds=time.perf_counter() - run.started, interrupted=interrupted,
+    )  # fmt: skip
+    for reason in report.noise.reasons:
+        say(f"noisy: {reason}")
+    return write_report(options.output, report)
+
+
+def progress(case: Case):
+    """Says how far a case is, on stderr."""
+
+    def on_round(rounds: int, width: float | None) -> None:
+        wide = "" if width is None else f", interval ±{width:.1%}"
+        say(f"{case.name}: round {rounds} of at most {case.max_repetitions}{wide}")
+
+    return on_round
+
+
+def print_rows(results: Sequence[Result]) -> None:
+    """One line per row on stdout."""
+    for result in results:
+        print(f"{result.key:<36} {figures(result)}", flush=True)
+
+
+def figures(result: Result) -> str:
+    """The row in words."""
+    if result.status != "ok":
+        return f"{result.status}: {result.reason}"
+    if result.latency is None:
+        return ", ".join(f"{stage.name} {stage.per_chunk.p50:.1f} ms" for stage in result.stages)
+    latency, limits = result.latency, [stage.limit_ms for stage in result.stages]
+    text = (
+        f"{latency.per_frame.p50:8.2f} ms/frame  p90 {latency.per_frame.p90:.2f}  {latency.throughput_fps:.1f} fps  "
+        f"arrival to picture {latency.arrival.p50:.0f} ms  first frame {latency.first_frame.p50:.0f} ms"
+    )
+    if any(limits):
+        text += f"  {sum(filter(None, limits)) / latency.per_chunk.p50:.0%} of the limit"
+    if result.startup.cold_start_s is not None:
+        text += f"  cold start {result.startup.cold_start_s:.1f} s"
+    return text + ("  noisy" if result.noise.noisy else "")
+
+
+def print_list() -> None:
+    """Cases and peers."""
+    for name in shipped_names():
+        first = (CASES / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+        print(f"case {name:<22} {first.lstrip('# ')}")
+    for peer in PEERS.values():
+        print(f"peer {peer.name:<22} {peer.description}")
+
+
+def say(line: str) -> None:
+    print(f"fp-bench: {line}", file=sys.stderr, flush=True)
