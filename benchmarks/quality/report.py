@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from factorportrait.benchmarks.page import html_document, html_table, number
 from factorportrait.errors import UserError
 from factorportrait.files import whole_file
 
@@ -302,31 +303,6 @@ def write_report(folder: Path, report: Report, sheets) -> list[Path]:
     return [folder / name for name in FILES if name in contents]
 
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.87rem; }
-th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child, td.text { text-align: left; } th { font-weight: 600; } th small { font-weight: 400; opacity: .7; }
-tr.main td { font-weight: 600; background: var(--soft); }
-.met { color: #1a7f37; } .missed { color: #cf222e; } .status { font-weight: 600; white-space: nowrap; }
-@media (prefers-color-scheme: dark) { .met { color: #57c774; } .missed { color: #ff8580; } }
-.wide { overflow-x: auto; } img { max-width: 100%; height: auto; } p.note { opacity: .75; max-width: 60rem; }
-""".strip()
-
-
-def number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def html_table(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """head: cells of HTML; rows: (class, cells of HTML)."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f'<tr class="{css}">' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>\n" for css, cells in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-
-
 def metric_heading(metric: str) -> str:
     heading, unit, _, what = METRICS[metric]
     small = f"<br><small>{escape(unit)}</small>" if unit else ""
@@ -444,10 +420,7 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
     )
     terms = "".join(f"<li><b>{escape(m[0])}</b>: {escape(m[3])}.</li>" for m in METRICS.values())
     cross = methods_table(summary["cross"], report.primary, METRICS) if report.cross else "<p>Needs two people.</p>"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Quality of {escape(bundle["name"])} {escape(bundle["precision"])}</title><style>{STYLE}</style></head><body>
-<h1>Quality of {escape(bundle["name"])}, {escape(bundle["precision"])}</h1>
+    body = f"""<h1>Quality of {escape(bundle["name"])}, {escape(bundle["precision"])}</h1>
 <p>{lead}</p><p class="note">{probe} {lpips}</p>
 <h2>Targets</h2>{targets_table(report)}
 {images}
@@ -461,6 +434,5 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
 <h2>Every clip, {settings["primary_steps"]} steps</h2>{clips_table(report)}
 <h2>What the figures are</h2><ul>{terms}</ul>
 <p class="note">Thresholds: {escape(json.dumps(dict(report.thresholds)))}.
-Bundle {escape(bundle["source_key"][:16])}, {bundle["bytes"]} bytes.</p>
-</body></html>
-"""
+Bundle {escape(bundle["source_key"][:16])}, {bundle["bytes"]} bytes.</p>"""
+    return html_document(f"Quality of {bundle['name']} {bundle['precision']}", body)
