@@ -252,7 +252,7 @@ def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coef
         "conditions": added(work("expression_controller", N=new), scaled(work("condition_embed", F=new), guidance.num_sets)),
     }
     for step, weights in enumerate(guidance.weights):
-        works[f"step.{step}"] = scaled(dit, sum(weight != 0 for weight in weights))
+        works[f"step.{step}"] = scaled(dit, int((weights != 0).sum()))
     if not clip:
         works["commit"] = scaled(dit, guidance.num_sets)
     return works | {"decode": vae("decode")}
