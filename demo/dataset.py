@@ -5,6 +5,7 @@ A shard holds `CLIPS_PER_SHARD` clips in one .npz (deflate level 1): n clips, T 
 | array | shape, type |
 |---|---|
 | frames, normals | [n, T, H, W, 3] uint8 |
+| twin_frames, twin_coefficients | the same clips with another performance: person, pose, camera and light are equal |
 | portrait, portrait_normals | [n, H, W, 3] uint8 |
 | coefficients | [n, T, 52] float32, order of demo.world.head.ARKIT_NAMES |
 | rotation, translation | [n, T, 3, 3], [n, T, 3] float32: head pose about the neck pivot, metres |
@@ -34,7 +35,7 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 
 from demo.world.appearance import Appearance, Identity, Scene  # noqa: E402
-from demo.world.motion import KINDS, sample_clip, sample_portrait  # noqa: E402
+from demo.world.motion import KINDS, expressions, sample_clip, sample_portrait  # noqa: E402
 from demo.world.render import Renderer  # noqa: E402
 
 CLIPS_PER_SHARD = 16
@@ -72,6 +73,21 @@ def render_clip(
     return np.stack([rgb for rgb, _ in pairs]), np.stack([normal for _, normal in pairs])
 
 
+def make_twin(clip: dict[str, np.ndarray], split: str, seed: int, index: int) -> dict[str, np.ndarray]:
+    """Another performance for the arrays of a clip: what differs between the two is expression and nothing else."""
+    rng = np.random.default_rng([_SPLIT_CODES[split], seed, index, 1])
+    count, height, width, _ = clip["frames"].shape
+    coefficients = expressions(rng, count)
+    if KINDS[int(clip["kind"])] == "orbit":
+        coefficients = np.repeat(coefficients[rng.integers(count)][None], count, 0)
+    identity, scene = (kind.from_dict(json.loads(str(clip[name]))) for kind, name in ((Identity, "identity"), (Scene, "scene")))
+    head, renderer = identity.head(), renderer_for(height, width)
+    renderer.set_appearance(Appearance(identity, head, scene))
+    poses = zip(coefficients, clip["rotation"], clip["translation"], clip["K"], clip["c2w"], strict=True)
+    frames = [renderer.picture(head, *values) for values in poses]
+    return {"twin_frames": np.stack(frames), "twin_coefficients": coefficients}
+
+
 def make_clip(split: str, seed: int, index: int, frames: int, size: int) -> dict[str, np.ndarray]:
     """Clip number `index` of a split -> the arrays of one clip (see the module's table, without n)."""
     rng = np.random.default_rng([_SPLIT_CODES[split], seed, index])
@@ -88,7 +104,7 @@ def make_clip(split: str, seed: int, index: int, frames: int, size: int) -> dict
         out[name], out["portrait_" + name] = values[1:], values[0]
     out["kind"] = np.int8(KINDS.index(clip.kind))
     out["identity"], out["scene"] = json.dumps(identity.to_dict()), json.dumps(scene.to_dict())
-    return out
+    return out | make_twin(out, split, seed, index)
 
 
 def write_shard(path: Path, clips: list[dict[str, np.ndarray]]) -> None:

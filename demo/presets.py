@@ -42,6 +42,8 @@ class DiTSettings(PhaseSettings):
         context_noise: highest noise level of that context, for robustness against drift.
         code_noise: of the expression codes, in half of the clips; the rest has the codes of the ARKit map.
         drop: chance that a condition is dropped, for each of them.
+        twin_share: of the parts that show every clip twice, with two performances.
+        twin_weight: of the difference of their errors, against 1 of the mean.
         face_weight, background_weight: of latent cells at eyes and mouth, and behind the head; the rest has 1.
     """
 
@@ -51,7 +53,9 @@ class DiTSettings(PhaseSettings):
     drop: float = 0.08
     code_noise: float = 0.2
     training_shift: float = 1.5
-    pure_noise_share: float = 0.1
+    pure_noise_share: float = 0.3
+    twin_share: float = 0.5
+    twin_weight: float = 6.0
     face_weight: float = 3.0
     background_weight: float = 0.5
 

@@ -1,5 +1,6 @@
 """python -m demo.train vae|expression|latents|dit|export|evaluate|all --preset cpu|gpu --data DIR --work DIR
 
+`init --from CHECKPOINT` makes states of released weights, so that training goes on from there.
 Every phase continues from its state in --work and skips what is finished; --minutes bounds the time that a phase may take in all.
 """
 
@@ -17,17 +18,21 @@ PHASES = ("vae", "expression", "latents", "dit", "export", "evaluate")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
-    parser.add_argument("phase", choices=(*PHASES, "all"))
+    parser.add_argument("phase", choices=("init", *PHASES, "all"))
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--data", type=Path, required=True, help="folder with train, val and test of demo.dataset")
     parser.add_argument("--work", type=Path, required=True, help="states, curves and cached latents")
     parser.add_argument("--out", type=Path, default=Path("demo/checkpoint"), help="checkpoint folder of export")
+    parser.add_argument("--from", dest="start", type=Path, default=Path("demo/checkpoint"), help="checkpoint folder of init")
     parser.add_argument("--minutes", type=float, help="time of this phase, all runs together (default: the preset's)")
     parser.add_argument("--device", help="cpu or cuda (default: the preset's)")
     parser.add_argument("--clips", type=int, default=32, help="test clips of evaluate")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     job = phases.Job(PRESETS[args.preset], args.data, args.work, args.out, args.minutes, args.device, args.clips)
+    if args.phase == "init":
+        phases.run_init(job, args.start)
+        return
     for phase in PHASES if args.phase == "all" else (args.phase,):
         getattr(phases, f"run_{phase}")(job)
 

@@ -15,7 +15,7 @@ from demo.dataset import load_shard, shard_paths
 from factorportrait.errors import UserError
 
 log = logging.getLogger(__name__)
-PICTURES = ("frames", "normals", "portrait", "portrait_normals")
+PICTURES = ("frames", "twin_frames", "normals", "portrait", "portrait_normals")
 
 
 class ClipStore:

@@ -2,6 +2,10 @@
 
 x = (1 - sigma) * clean + sigma * noise, target velocity = noise - clean, timestep = 1000 * sigma. In clip mode a clip has one
 sigma, in stream mode each chunk its own; the first chunk is sometimes clean, as committed frames are at run time.
+
+Half of the parts show twins: the same person, pose, camera, light and noise with two performances. Expression moves a few cells
+by little, so among the errors of everything else its gradient drowns, and the transformer learns to shut the controller out.
+In the difference of twins everything else cancels; its share of the loss is raised.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def prepare(model: FactorPortrait, codes: Tensor) -> None:
-    """Start the head at zero and the controller with a modulation that codes [B, T, E] do move; train these two networks alone."""
+    """Start the head at zero and the controller with a modulation that codes [B, T, E] do move."""
     controller = model.expression["controller"]
     scale_layers(
         controller, codes, [torch.zeros(len(codes), *s, device=codes.device) for s in controller.state_shapes()]
@@ -44,6 +48,10 @@ def prepare(model: FactorPortrait, codes: Tensor) -> None:
         controller.projection[-1].weight *= INITIAL_MODULATION
         model.dit.head.head.weight.zero_()
         model.dit.head.head.bias.zero_()
+
+
+def train_only_transformer(model: FactorPortrait) -> None:
+    """Gradients for the transformer and the expression controller, and for nothing else."""
     model.requires_grad_(False)
     model.dit.requires_grad_(True)
     model.expression["controller"].requires_grad_(True)
@@ -91,12 +99,16 @@ def draw_sigmas(draw: Draw, settings: DiTSettings, window: Window, batch: int) -
     return sigmas.repeat_interleave(sizes, 1), context.repeat_interleave(sizes, 1)
 
 
-def noisy_codes(codes: Tensor, draw: Draw, settings: DiTSettings) -> Tensor:
-    """codes [B, T, E] -> the same, half of the clips with errors like the expression encoder's: per clip and frame."""
-    of_clip = draw.normal((codes.shape[0], 1, codes.shape[2]), codes.device)
-    of_frame = draw.normal(codes.shape, codes.device)
-    strength = settings.code_noise * (draw.uniform((codes.shape[0], 1, 1), codes.device) < 0.5)
-    return codes + strength * (of_clip + of_frame)
+def noisy_codes(codes: Tensor, draw: Draw, settings: DiTSettings, copies: int = 1) -> Tensor:
+    """codes [B, T, E] -> the same, half of the clips with errors like the expression encoder's: per clip and frame.
+
+    copies: the batch is that many times the same clips; all copies of a clip get equal errors.
+    """
+    batch, frames, width = len(codes) // copies, *codes.shape[1:]
+    of_clip = draw.normal((batch, 1, width), codes.device)
+    of_frame = draw.normal((batch, frames, width), codes.device)
+    strength = settings.code_noise * (draw.uniform((batch, 1, 1), codes.device) < 0.5)
+    return codes + (strength * (of_clip + of_frame)).repeat(copies, 1, 1)
 
 
 def load_conditions(
@@ -113,11 +125,11 @@ def load_conditions(
     )
 
 
-def drop_conditions(conditions: ClipConditions, draw: Draw, share: float) -> ClipConditions:
-    """Zero each condition of a clip with the chance `share`, and all of them now and then."""
-    batch, device = len(conditions.rays), conditions.rays.device
+def drop_conditions(conditions: ClipConditions, draw: Draw, share: float, copies: int = 1) -> ClipConditions:
+    """Zero each condition of a clip with the chance `share`, and all of them now and then. copies: see `noisy_codes`."""
+    batch, device = len(conditions.rays) // copies, conditions.rays.device
     kept = (draw.uniform((batch, 4), device) >= share) & (draw.uniform((batch, 1), device) >= DROP_ALL_SHARE)
-    reference, pose, rays, expression = kept.float().unbind(1)
+    reference, pose, rays, expression = kept.float().repeat(copies, 1).unbind(1)
 
     def masked(x: Tensor, keep: Tensor) -> Tensor:
         return x * keep.view(-1, *[1] * (x.ndim - 1))
@@ -145,37 +157,56 @@ def dit_loss(
     settings: DiTSettings,
     device: torch.device,
 ) -> tuple[Tensor, Metrics]:
-    """Loss of one part: clips drawn at random, all with the same window."""
+    """Loss of one part: clips drawn at random, with or without their twins, all with the same window."""
     total = store.stack("latents", [0]).shape[2]
     window = draw_window(draw, settings, model.config.generation, total)
-    batch = max(1, settings.batch // (1 + window.frames))
+    versions = ("", "twin_") if draw.chance(settings.twin_share) else ("",)
+    copies = len(versions)
+    batch = max(1, settings.batch // (copies * (1 + window.frames)))
     clips = [int(clip) for clip in draw.rng.integers(len(store), size=batch)]
     part = slice(window.start, window.start + window.frames)
-    codes = noisy_codes(basis.code(store.stack("coefficients", clips, device)), draw, settings)
-    conditions = drop_conditions(load_conditions(model, store, clips, window, codes), draw, settings.drop)
-    clean = store.stack("latents", clips, device)[:, :, part]
-    sigmas, context = (t.to(device) for t in draw_sigmas(draw, settings, window, batch))
-    noise, level = draw.normal(clean.shape, device), sigmas[:, None, :, None, None]
+    coefficients, clean = (
+        torch.cat([store.stack(version + name, clips, device) for version in versions])
+        for name in ("coefficients", "latents")
+    )
+    clean, codes = clean[:, :, part], noisy_codes(basis.code(coefficients), draw, settings, copies)
+    conditions = load_conditions(model, store, clips * copies, window, codes)
+    conditions = drop_conditions(conditions, draw, settings.drop, copies)
+    sigmas, context = (t.to(device).repeat(copies, 1) for t in draw_sigmas(draw, settings, window, batch))
+    noise = draw.normal(clean[:batch].shape, device).repeat(copies, 1, 1, 1, 1)
+    level = sigmas[:, None, :, None, None]
     noisy = (1 - level) * clean + level * noise
     velocity = model.predict_clip(noisy, 1000 * sigmas * ~context, conditions, window_mask(model, window, device))
     scale = torch.tensor([settings.background_weight, 1.0, settings.face_weight], device=device)
-    weights = scale[store.stack("weights", clips, device)[:, part].long()] * ~context[:, :, None, None]
-    error = (velocity.float() - (noise - clean)).square().mean(1)
-    loss = (error * weights).sum() / weights.sum().clamp(min=1)
-    return loss, {"stream_loss" if window.chunks else "clip_loss": loss.item()}
+    weights = scale[store.stack("weights", clips, device)[:, part].long()] * ~context[:batch, :, None, None]
+    error = velocity.float() - (noise - clean)
+    squared = error.square().mean(1)
+    if copies == 2:
+        first, second = error.chunk(2)
+        # With a weight of 1 this is the mean of both squared errors.
+        squared = ((first + second) / 2).square().mean(1) + settings.twin_weight * ((first - second) / 2).square().mean(1)
+    loss = (squared * weights).sum() / weights.sum().clamp(min=1)
+    kind = "stream" if window.chunks else "clip"
+    return loss, {f"{kind}{'_twins' if copies == 2 else ''}_loss": loss.item()}
 
 
 @torch.no_grad()
 def validate(
     model: FactorPortrait, store: LatentStore, basis: CodeBasis, device: torch.device, clips: int = 8
 ) -> Metrics:
-    """Errors of the predicted clean latents of unseen people in clip mode, and what the expression code is worth at the face."""
+    """Errors of the predicted clean latents of unseen people in clip mode, and what the expression code is worth at the face.
+
+    `val_expression_followed`: of the squared difference between twins at eyes and mouth, the share that the prediction from pure
+    noise explains. 1 follows the expression perfectly, 0 is what ignoring it gives, and what is worse than that is negative.
+    """
     indices = list(range(min(clips, len(store))))
     clean = store.stack("latents", indices, device)
     window = Window(0, clean.shape[2], None)
     with torch.autocast(device.type, torch.bfloat16):
-        codes = basis.code(store.stack("coefficients", indices, device))
-        conditions = load_conditions(model, store, indices, window, codes)
+        conditions, of_twins = (
+            load_conditions(model, store, indices, window, basis.code(store.stack(name, indices, device)))
+            for name in ("coefficients", "twin_coefficients")
+        )
     noise = Draw(0, "validate", 0, 0).normal(clean.shape, device)
     face = store.stack("weights", indices, device) == 2
     zeroed = ClipConditions(
@@ -185,16 +216,21 @@ def validate(
         torch.zeros_like(conditions.expression_modulation),
     )
 
-    def clean_error(sigma: float, conditions: ClipConditions) -> Tensor:
+    def prediction(sigma: float, conditions: ClipConditions) -> Tensor:
         x = (1 - sigma) * clean + sigma * noise
         timesteps = torch.full(clean.shape[:1] + clean.shape[2:3], 1000 * sigma, device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = model.predict_clip(x, timesteps, conditions)
-        return (x - sigma * velocity.float() - clean).square().mean(1)
+            return x - sigma * model.predict_clip(x, timesteps, conditions).float()
+
+    def clean_error(sigma: float, conditions: ClipConditions) -> Tensor:
+        return (prediction(sigma, conditions) - clean).square().mean(1)
 
     errors = {sigma: clean_error(sigma, conditions) for sigma in VALIDATION_SIGMAS}
     metrics = {f"val_error_{sigma:g}": float(error.mean()) for sigma, error in errors.items()}
     metrics["val_face_error"] = float(errors[1.0][face].mean())
     metrics["val_face_error_zeroed"] = float(clean_error(1.0, zeroed)[face].mean())
+    change = (clean - store.stack("twin_latents", indices, device)).movedim(1, -1)[face]
+    predicted = (prediction(1.0, conditions) - prediction(1.0, of_twins)).movedim(1, -1)[face]
+    metrics["val_expression_followed"] = 1 - float((predicted - change).square().sum() / change.square().sum())
     metrics["val_velocity_loss"] = float(np.mean([float(e.mean()) / s**2 for s, e in errors.items()]))
     return metrics

@@ -18,12 +18,15 @@ from demo.train.data import ClipStore, to_unit
 from demo.train.trainer import Draw, Metrics
 from demo.world.head import load_basis
 from factorportrait.arkit import ARKIT_NAMES
+from factorportrait.errors import CheckpointError
 
 STD_FLOOR = 0.05  # rare actions are not blown up beyond this
 GAZE_REACH = 0.005  # metres that an iris moves; the basis turns eyeballs instead of moving their vertices
 COLOUR_JITTER = 0.25  # of the gain of each colour channel
 JITTER = 0.15  # of the crop's place and size, as a share of the picture
 STATISTICS_CLIPS = 256
+BASIS_SAMPLES = 8192  # of the map, to find its slopes
+NEUTRAL_TOLERANCE = 0.01  # of the neutral code's numbers, which are rounded to half precision
 JAW = ARKIT_NAMES.index("jawOpen")
 SIDES = {"Left": "Right", "Right": "Left"}
 
@@ -51,6 +54,12 @@ def action_reach() -> Tensor:
     return torch.from_numpy(np.where(gaze, GAZE_REACH, reach)).float()
 
 
+def random_basis(code_dim: int, seed: int) -> Tensor:
+    """[52, E], orthonormal rows drawn from the seed."""
+    random = torch.randn(code_dim, len(ARKIT_NAMES), generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(random)[0].T.contiguous()
+
+
 @dataclass
 class CodeBasis:
     """Between coefficients and codes: code = (coefficients - mean) * scale @ basis; the mean variance of a dimension is 1."""
@@ -62,15 +71,39 @@ class CodeBasis:
     @classmethod
     def from_clips(cls, store: ClipStore, code_dim: int, seed: int) -> CodeBasis:
         """Statistics of the first clips and a basis drawn from the seed."""
-        count = len(ARKIT_NAMES)
         values = [store.get(clip, "coefficients") for clip in range(min(STATISTICS_CLIPS, len(store)))]
         values = torch.from_numpy(np.concatenate(values)).float()
         std = values.std(0).clamp(min=STD_FLOOR)
         # Half way, on a logarithmic scale, between equal variances and the sizes of the visible movements.
         scale = (action_reach() / std).sqrt()
         scale = scale * (code_dim / (std * scale).square().sum()).sqrt()
-        random = torch.randn(code_dim, count, generator=torch.Generator().manual_seed(seed))
-        return cls(values.mean(0), scale, torch.linalg.qr(random)[0].T.contiguous())
+        return cls(values.mean(0), scale, random_basis(code_dim, seed))
+
+    @classmethod
+    @torch.no_grad()
+    def from_weights(cls, arkit: nn.Module, neutral_code: Tensor, seed: int) -> CodeBasis:
+        """The basis that a trained map and its neutral code [E] were made for; the seed is that of their training.
+
+        Clips would give it only if exactly those were there that were there then: it is measured while clips are rendered.
+        The map is affine but for its error, so its slope is found by least squares, one coefficient after the other.
+
+        Raises:
+            CheckpointError: the neutral code does not lie in the seed's basis.
+        """
+        basis = random_basis(len(neutral_code), seed)
+        neutral = neutral_code.cpu() @ basis.T
+        outside = float((neutral @ basis - neutral_code.cpu()).abs().max())
+        if outside > NEUTRAL_TOLERANCE:
+            raise CheckpointError(
+                "the neutral code", expected=f"a sum of the basis of seed {seed}", found=f"{outside:.3g} beside it",
+                action="give the preset the seed of the checkpoint's training",
+            )  # fmt: skip
+        draw, count = Draw(seed, "basis", 0, 0), len(ARKIT_NAMES)
+        coefficients = sample_coefficients(draw, torch.zeros(0, count), BASIS_SAMPLES)
+        device = next(arkit.parameters()).device
+        moved = arkit(coefficients.to(device)).float().cpu() @ basis.T - neutral
+        scale = (coefficients * moved).sum(0) / coefficients.square().sum(0)
+        return cls(-neutral / scale, scale, basis).to(device)
 
     def to(self, device: torch.device) -> CodeBasis:
         return CodeBasis(self.mean.to(device), self.scale.to(device), self.basis.to(device))

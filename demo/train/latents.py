@@ -4,10 +4,10 @@ One .npz per shard. N latent frames, T frames, h x w latent cells:
 
 | array | shape |
 |---|---|
-| latents, pose | [n, 16, N, h, w] of the pictures and of the normal maps, normalised |
+| latents, twin_latents, pose | [n, 16, N, h, w] of the pictures, of their twins and of the normal maps, normalised |
 | reference | [n, 16, 1, h, w] of the portrait |
 | rays | [n, 24, N, h, w] |
-| coefficients | [n, 4N, 52] by groups of four frames |
+| coefficients, twin_coefficients | [n, 4N, 52] by groups of four frames |
 | weights | [n, N, h, w]: 0 behind the head, 1 on it, 2 at eyes and mouth |
 """
 
@@ -104,10 +104,14 @@ def encode_shard(
     clips = [{name: values[i] for name, values in shard.items()} for i in range(len(shard["kind"]))]
     return {
         "latents": encode(vae, shard["frames"], device).cpu().numpy().astype(np.float16),
+        "twin_latents": encode(vae, shard["twin_frames"], device).cpu().numpy().astype(np.float16),
         "pose": encode(vae, shard["normals"], device).cpu().numpy().astype(np.float16),
         "reference": encode(vae, shard["portrait"][:, None], device).cpu().numpy().astype(np.float16),
         "rays": np.stack([pack_rays(clip["K"], clip["c2w"], config) for clip in clips]).astype(np.float16),
-        "coefficients": np.stack([group_frames(clip["coefficients"]) for clip in clips]).astype(np.float16),
+        **{
+            name: np.stack([group_frames(clip[name]) for clip in clips]).astype(np.float16)
+            for name in ("coefficients", "twin_coefficients")
+        },
         "weights": np.stack([cell_classes(clip, config) for clip in clips]),
     }
 

@@ -23,8 +23,8 @@ from demo.train.data import ClipStore
 from demo.train.evaluate import evaluate
 from demo.train.trainer import Draw, Metrics, Trainer, save_atomically
 from factorportrait.arkit import ARKIT_NAMES
-from factorportrait.errors import UserError
-from factorportrait.export.checkpoint import save_checkpoint
+from factorportrait.errors import CheckpointError, UserError
+from factorportrait.export.checkpoint import load_checkpoint, save_checkpoint
 from factorportrait.export.models.expression import ArkitEncoder, ExpressionEncoder
 from factorportrait.export.models.factorportrait import FactorPortrait
 from factorportrait.export.models.vae import VideoVAE
@@ -69,19 +69,28 @@ def refresher(store: ClipStore | latents_phase.LatentStore):
     return refresh
 
 
+def vae_trainer(job: Job, vae: VideoVAE) -> Trainer:
+    settings, preset = job.settings(job.preset.vae), job.preset
+    return Trainer("vae", vae, settings, job.work, preset.seed, vae_phase.is_matrix, preset.workers)
+
+
+def expression_trainer(job: Job, nets: nn.ModuleDict) -> Trainer:
+    settings, preset = job.settings(job.preset.expression), job.preset
+    is_matrix = expression_phase.is_matrix
+    return Trainer("expression", nets, settings, job.work, preset.seed, is_matrix, preset.workers)
+
+
+def dit_trainer(job: Job, model: FactorPortrait) -> Trainer:
+    settings, preset = job.settings(job.preset.dit), job.preset
+    dit_phase.train_only_transformer(model)
+    return Trainer("dit", model, settings, job.work, preset.seed, dit_phase.is_matrix, preset.workers)
+
+
 def run_vae(job: Job) -> None:
     train, val = job.store("train"), job.store("val")
     torch.manual_seed(job.preset.seed)
-    settings = job.settings(job.preset.vae)
-    trainer = Trainer(
-        "vae",
-        VideoVAE(MODEL.vae).to(job.device),
-        settings,
-        job.work,
-        job.preset.seed,
-        vae_phase.is_matrix,
-        job.preset.workers,
-    )
+    trainer = vae_trainer(job, VideoVAE(MODEL.vae).to(job.device))
+    settings = trainer.settings
     trainer.resume()
 
     def part_loss(vae, draw, part):
@@ -114,21 +123,13 @@ def code_basis(job: Job) -> expression_phase.CodeBasis:
 def run_expression(job: Job) -> None:
     train, val = job.store("train"), job.store("val")
     torch.manual_seed(job.preset.seed)
-    settings = job.settings(job.preset.expression)
     basis = code_basis(job)
     nets = expression_nets().to(job.device)
     images, _ = expression_phase.sample_images(train, Draw(job.preset.seed, "initial", 0, 0), 32, job.device)
     expression_phase.scale_layers(nets["encoder"], images)
     nets["encoder"].code.weight.data *= INITIAL_CODE_SIZE
-    trainer = Trainer(
-        "expression",
-        nets,
-        settings,
-        job.work,
-        job.preset.seed,
-        expression_phase.is_matrix,
-        job.preset.workers,
-    )
+    trainer = expression_trainer(job, nets)
+    settings = trainer.settings
     trainer.resume()
 
     def part_loss(nets, draw, part):
@@ -162,6 +163,38 @@ def assemble(job: Job) -> FactorPortrait:
     return model
 
 
+def run_init(job: Job, checkpoint: Path) -> None:
+    """States of all phases from the weights of a checkpoint folder, at step 0, so that training goes on from there.
+
+    Optimisers and averages start anew. No data are needed; the code keeps its meaning.
+
+    Raises:
+        CheckpointError: the checkpoint is of another size than the presets', or of another seed.
+        UserError: the work folder has states already.
+    """
+    names = ("vae.pt", "expression.pt", "dit.pt", "latent_stats.json", "latents", "code_basis.pt")
+    existing = [name for name in names if (job.work / name).exists()]
+    if existing:
+        raise UserError(
+            f"{job.work}", expected="no states in it", found=", ".join(existing), action="choose another --work"
+        )
+    model = load_checkpoint(checkpoint).to(job.device).requires_grad_(True)
+    vae = replace(model.config.vae, latents_mean=MODEL.vae.latents_mean, latents_std=MODEL.vae.latents_std)
+    if replace(model.config, vae=vae) != MODEL:
+        raise CheckpointError(
+            f"{checkpoint}", expected="the model of demo/presets.py", found="another config", action="train from the start"
+        )
+    nets = model.expression
+    basis = expression_phase.CodeBasis.from_weights(nets["arkit"], nets["controller"].neutral_code, job.preset.seed)
+    vae_trainer(job, model.vae).save()
+    expression_trainer(job, nn.ModuleDict({name: nets[name] for name in ("encoder", "arkit")})).save()
+    dit_trainer(job, model).save()
+    statistics = {"mean": model.config.vae.latents_mean, "std": model.config.vae.latents_std}
+    (job.work / "latent_stats.json").write_text(json.dumps(statistics) + "\n")
+    save_atomically(vars(basis), job.work / "code_basis.pt")
+    log.info("%s: states of the weights of %s", job.work, checkpoint)
+
+
 def run_latents(job: Job) -> None:
     """Encode the shards that are there; run it again when there are more."""
     statistics = job.work / "latent_stats.json"
@@ -191,10 +224,10 @@ def run_latents(job: Job) -> None:
 def run_dit(job: Job) -> None:
     train, val = (latents_phase.LatentStore(job.work / "latents" / split) for split in ("train", "val"))
     basis = code_basis(job)
-    settings = job.settings(job.preset.dit)
     model = assemble(job)
     dit_phase.prepare(model, basis.code(train.stack("coefficients", list(range(min(64, len(train)))), job.device)))
-    trainer = Trainer("dit", model, settings, job.work, job.preset.seed, dit_phase.is_matrix, job.preset.workers)
+    trainer = dit_trainer(job, model)
+    settings = trainer.settings
     trainer.resume()
     if job.preset.compile:
         model.dit.compile()

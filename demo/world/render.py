@@ -377,10 +377,18 @@ class Renderer:
         )  # fmt: skip
         return self._out.numpy().copy()
 
+    def picture(
+        self, head: HeadModel, coefficients: np.ndarray, rotation: np.ndarray, translation: np.ndarray,
+        K: np.ndarray, c2w: np.ndarray,
+    ) -> np.ndarray:  # fmt: skip
+        """One frame: coefficients [52], head rotation [3, 3], translation [3], camera -> RGB [H, W, 3]."""
+        expressive = head.move(head.expression(coefficients) + self._appearance.hair_offset, rotation, translation)
+        return self.rgb(expressive, K, c2w)
+
     def pair(
         self, head: HeadModel, coefficients: np.ndarray, rotation: np.ndarray, translation: np.ndarray,
         K: np.ndarray, c2w: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """One frame: coefficients [52], head rotation [3, 3], translation [3], camera -> RGB, normal map [H, W, 3]."""
-        expressive = head.move(head.expression(coefficients) + self._appearance.hair_offset, rotation, translation)
-        return self.rgb(expressive, K, c2w), self.normals(head.neutral(rotation, translation), K, c2w)
+        """The same -> RGB, normal map of the neutral face [H, W, 3]."""
+        rgb = self.picture(head, coefficients, rotation, translation, K, c2w)
+        return rgb, self.normals(head.neutral(rotation, translation), K, c2w)

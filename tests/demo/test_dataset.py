@@ -40,6 +40,7 @@ def test_shards_have_the_documented_arrays_and_a_run_resumes(tmp_path, monkeypat
     assert [path.name for path in paths] == ["shard-00000.npz", "shard-00001.npz"]
     shard = dataset.load_shard(paths[0])
     assert shard["frames"].shape == shard["normals"].shape == (2, 5, 32, 32, 3) and shard["frames"].dtype == np.uint8
+    assert shard["twin_frames"].shape == (2, 5, 32, 32, 3) and shard["twin_coefficients"].shape == (2, 5, 52)
     assert shard["portrait"].shape == (2, 32, 32, 3) and shard["coefficients"].shape == (2, 5, 52)
     assert shard["rotation"].shape == (2, 5, 3, 3) and shard["translation"].shape == (2, 5, 3)
     assert shard["K"].shape == (2, 5, 3, 3) and shard["c2w"].dtype == np.float64
@@ -62,6 +63,16 @@ def test_another_configuration_is_refused(tmp_path):
     dataset.render_dataset(tmp_path, clips=0, size=32)
     with pytest.raises(SystemExit, match="choose another --out"):
         dataset.render_dataset(tmp_path, clips=0, size=48)
+
+
+def test_twins_differ_in_expression_alone():
+    from demo.dataset import KINDS, make_clip, make_twin
+
+    clip = next(clip for index in range(20) if (clip := make_clip("test", 0, index, 5, 48))["kind"] != KINDS.index("orbit"))
+    changed = (np.abs(clip["twin_frames"].astype(int) - clip["frames"]) > 8).any(-1)
+    assert 0 < changed.mean() < 0.3  # a face, not the hair, the shoulders and what is behind
+    still = make_twin({**clip, "kind": np.int8(KINDS.index("orbit"))}, "test", 0, 1)
+    assert np.ptp(still["twin_coefficients"], axis=0).max() == 0
 
 
 def test_render_clip_repeats_a_shard(tmp_path):

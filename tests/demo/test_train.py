@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from demo.presets import CPU, MODEL, DiTSettings, PhaseSettings
-from demo.train.dit import dit_loss, draw_sigmas, draw_window, is_matrix, prepare
-from demo.train.expression import MIRROR, CodeBasis
+from demo.train import phases
+from demo.train.dit import dit_loss, draw_sigmas, draw_window, is_matrix, prepare, train_only_transformer
+from demo.train.expression import MIRROR, CodeBasis, random_basis
 from demo.train.latents import LatentStore, group_frames, pack_rays, write_shard
 from demo.train.muon import orthogonalise
 from demo.train.sampling import euler, sample_clip, sample_stream
 from demo.train.trainer import Draw, Trainer, learning_rate
 from factorportrait.arkit import ARKIT_NAMES
+from factorportrait.errors import CheckpointError, UserError
+from factorportrait.export.checkpoint import save_checkpoint
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait
 from factorportrait.model_config import DiTConfig
 
@@ -120,7 +123,9 @@ def toy_store(folder: Path, clips: int = 3) -> LatentStore:
             "pose": rng.standard_normal((clips, 16, groups, h, w)).astype(np.float16),
             "reference": smooth[:, :, :1].astype(np.float16),
             "rays": rng.standard_normal((clips, 24, groups, h, w)).astype(np.float16),
+            "twin_latents": (smooth + 0.1 * rng.standard_normal(smooth.shape)).astype(np.float16),
             "coefficients": rng.random((clips, 4 * groups, 52)).astype(np.float16),
+            "twin_coefficients": rng.random((clips, 4 * groups, 52)).astype(np.float16),
             "weights": rng.integers(0, 3, (clips, groups, h, w)).astype(np.uint8),
         },
     )
@@ -132,6 +137,7 @@ def test_transformer_learns_and_only_what_it_should(tmp_path):
     model = FactorPortrait(TOY)
     codes = torch.randn(2, 8, 128)
     prepare(model, codes)
+    train_only_transformer(model)
     assert 0.05 < model.clip_modulation(codes)[:, 1:].std((0, 1)).mean() < 0.2
     before = {name: p.clone() for name, p in model.named_parameters()}
     settings = DiTSettings(steps=40, parts=1, batch=24, learning_rate=3e-3, warmup_steps=2)
@@ -148,6 +154,35 @@ def test_transformer_learns_and_only_what_it_should(tmp_path):
     moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"dit", "expression"}
     assert not any(name.startswith("expression.encoder") for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_twins_share_everything_but_expression(tmp_path, monkeypatch):
+    """Equal performances make equal errors: their difference vanishes, and its weight with it."""
+    torch.manual_seed(0)
+    model, store = FactorPortrait(TOY), toy_store(tmp_path)
+    seen = {}
+
+    def predict(noisy, timesteps, conditions, mask):
+        seen.update(noisy=noisy, timesteps=timesteps, conditions=conditions)
+        return torch.zeros_like(noisy)
+
+    monkeypatch.setattr(model, "predict_clip", predict)
+
+    def loss(step: int, weight: float) -> float:
+        settings = replace(CPU.dit, twin_share=1.0, twin_weight=weight, batch=24, drop=0.4)
+        draw = Draw(0, "test", step, 0)
+        return dit_loss(model, draw, store, toy_basis(), settings, torch.device("cpu"))[0].item()
+
+    for step in range(4):
+        assert loss(step, 6.0) > loss(step, 1.0)
+        first, second = seen["timesteps"].chunk(2)
+        assert torch.equal(first, second)
+        for name, values in vars(seen["conditions"]).items():
+            first, second = values.chunk(2)
+            assert torch.equal(first, second) == (name != "expression_modulation" or not first.any())
+    store._arrays["twin_latents"], store._arrays["twin_coefficients"] = store._arrays["latents"], store._arrays["coefficients"]
+    assert loss(0, 6.0) == pytest.approx(loss(0, 1.0))
+    assert torch.equal(*seen["noisy"].chunk(2)) and torch.equal(*seen["conditions"].expression_modulation.chunk(2))
 
 
 def test_euler_is_exact_for_a_straight_path():
@@ -185,6 +220,54 @@ def test_code_basis_probe_inverts_the_code():
     basis = toy_basis()
     coefficients = torch.rand(7, 52)
     assert torch.allclose(basis.coefficients(basis.code(coefficients)), coefficients, atol=1e-4)
+
+
+def test_code_basis_is_found_again_in_the_weights():
+    """A map without error, in half precision as it is shipped, and clips that are gone."""
+    trained = CodeBasis(0.4 * torch.rand(52), torch.rand(52) + 0.5, random_basis(128, 3))
+    neutral = trained.code(torch.zeros(52)).half().float()
+    arkit = nn.Linear(52, 128)
+    arkit.weight.data, arkit.bias.data = (trained.scale[:, None] * trained.basis).T.half().float(), neutral
+    found = CodeBasis.from_weights(arkit, neutral, seed=3)
+    coefficients = torch.rand(9, 52)
+    assert torch.allclose(found.code(coefficients), trained.code(coefficients), atol=0.01)
+    assert torch.allclose(found.coefficients(trained.code(coefficients)), coefficients, atol=0.01)
+    with pytest.raises(CheckpointError, match="seed 4"):
+        CodeBasis.from_weights(arkit, neutral, seed=4)
+
+
+def toy_job(monkeypatch, work: Path) -> phases.Job:
+    monkeypatch.setattr(phases, "MODEL", TOY)
+    return phases.Job(replace(CPU, workers=1), work / "no data", work, work / "out")
+
+
+def test_training_goes_on_from_released_weights(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    statistics = {"latents_mean": (0.5,) * 16, "latents_std": (2.0,) * 16}
+    model = FactorPortrait(replace(TOY, vae=replace(TOY.vae, **statistics)))
+    job = toy_job(monkeypatch, tmp_path / "work")
+    model.expression["controller"].neutral_code.copy_(torch.randn(52) @ random_basis(128, job.preset.seed))
+    save_checkpoint(model, tmp_path / "released", torch.float16)
+    phases.run_init(job, tmp_path / "released")
+    again = phases.assemble(job)
+    assert again.config == model.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value.half().float()), name
+    neutral = phases.code_basis(job).code(torch.zeros(52))
+    assert torch.allclose(neutral, model.expression["controller"].neutral_code, atol=0.01)
+    # What the phases start with (`prepare` empties the head) gives way to the released weights.
+    prepare(again, torch.randn(2, 8, 128))
+    trainer = phases.dit_trainer(job, again)
+    trainer.resume()
+    assert trainer.step == 0 and torch.equal(again.dit.head.head.weight, model.dit.head.head.weight.half().float())
+    with pytest.raises(UserError, match="choose another --work"):
+        phases.run_init(job, tmp_path / "released")
+
+
+def test_weights_of_another_size_are_refused(tmp_path, monkeypatch):
+    save_checkpoint(FactorPortrait(replace(TOY, fps=30.0)), tmp_path / "released")
+    with pytest.raises(CheckpointError, match="train from the start"):
+        phases.run_init(toy_job(monkeypatch, tmp_path / "work"), tmp_path / "released")
 
 
 def test_mirrored_actions_swap_sides():
