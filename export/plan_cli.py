@@ -156,11 +156,14 @@ def _list(options: argparse.Namespace) -> int:
     for column in ("bundle", "stage", "size", "key", "GPU", "age", "state"):
         table.add_column(column, justify="right" if column in ("size", "age") else "left")
     for plan, status in rows:
-        state = status.state + (f": {status.reason}" if status.reason else "")
-        cells = (plan.bundle, plan.stage, _megabytes(plan.bytes), plan.parts.key, plan.parts.gpu, _age(plan.age_s), state)
+        state = f"stale: {status.reason}" if status.state == "stale" else status.state
+        size, age = _megabytes(plan.bytes), _age(plan.age_s)
+        cells = (Path(plan.bundle).name, plan.stage, size, plan.parts.key, plan.parts.gpu, age, state)
         table.add_row(*map(escape, cells))
     console.print(table)
     console.print(f"{len(rows)} plans, {_megabytes(sum(plan.bytes for plan, _ in rows))}")
+    if machine is None:
+        console.print("there is no GPU or no TensorRT here that would tell which of them fit")
     return 0
 
 

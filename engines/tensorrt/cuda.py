@@ -23,7 +23,7 @@ class Device:
     """The first GPU and the stream on which everything of an engine runs, so that work is done in the order of the calls.
 
     Raises:
-        UserError: the package cuda-bindings is not installed.
+        UserError: the package cuda-python is not installed.
         CudaError: the GPU does not answer.
     """
 
@@ -31,7 +31,7 @@ class Device:
         try:
             from cuda.bindings import runtime
         except ImportError as error:
-            raise UserError("TensorRT", expected="the package cuda-bindings", found="none", action=INSTALL_HINT) from error
+            raise UserError("TensorRT", expected="the package cuda-python", found="none", action=INSTALL_HINT) from error
         self.runtime = runtime
         self._call(runtime.cudaSetDevice, 0)
         # Not the default stream, which waits for all others and cannot be captured.

@@ -20,10 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import filelock
-
 from factorportrait.bundle import Bundle, StageSpec
-from factorportrait.engines.tensorrt.machine import Machine
+from factorportrait.engines.tensorrt.machine import INSTALL_HINT, Machine
 from factorportrait.engines.tensorrt.profiles import Profile, profiles_of
 from factorportrait.errors import UserError
 from factorportrait.files import whole_file, whole_folder, write_error
@@ -219,6 +217,12 @@ class PlanStore:
     def lock(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold the store alone. The system releases the lock of a process that dies."""
         path = self.folder / LOCK
+        try:
+            import filelock  # late: looking at plans needs no lock, and only the extra brings the package
+        except ImportError as error:
+            raise UserError(
+                f"locking {self.folder}", expected="the package filelock", found="none", action=INSTALL_HINT
+            ) from error
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(path)
