@@ -1,6 +1,6 @@
-"""Causal video VAE with the structure of Wan 2.1: whole clips for training, one latent frame at a time for streaming.
+"""Causal video VAE of Wan 2.1 and Wan 2.2: whole clips for training, one latent frame at a time for streaming.
 
-Parameters carry the names of the original Wan checkpoints. `vae_keys.py` translates to diffusers.
+Parameters carry the names of the original Wan checkpoints. `export/weights/layouts.py` translates to diffusers.
 
 Inside, a clip is `[T*B, C, h, w]`, time outermost. So the last frames are a contiguous slice, a picture layer needs no
 reshape, and a 3x3x3 causal convolution is a 2-D one over three frames stacked on channels.
@@ -208,19 +208,19 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width, halves channels; with `time_conv` each frame but the first becomes two."""
+    """Doubles height and width; with `time_conv` each frame but the first becomes two."""
 
-    def __init__(self, dim: int, *, temporal: bool):
+    def __init__(self, dim: int, out_dim: int, *, temporal: bool):
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(dim, dim // 2, 3, padding=1)
+            nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(dim, out_dim, 3, padding=1)
         )
         if temporal:
             self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1))
         self.temporal = temporal
 
     def forward(self, x: Tensor, timeline: Timeline) -> Tensor:
-        """x [T*B, C, h, w] -> [T'*B, C/2, 2h, 2w]."""
+        """x [T*B, C, h, w] -> [T'*B, O, 2h, 2w]."""
         if self.temporal:
             x = self._double_time(x, timeline)
         return self.resample(x)
@@ -245,10 +245,59 @@ class Upsample(nn.Module):
         return pairs.transpose(1, 2).reshape(-1, channels // 2, height, width)
 
 
+class DownLevel(nn.Module):
+    """A level of Wan 2.2's encoder: blocks and a resampling, beside the mean of what goes into one of their outputs."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, *, halved: bool, temporal: bool):
+        super().__init__()
+        blocks = [ResidualBlock(out_dim if block else in_dim, out_dim) for block in range(num_blocks)]
+        self.downsamples = nn.Sequential(*blocks, *([Downsample(out_dim, temporal=temporal)] if halved else []))
+        self.out_dim, self.side, self.time = out_dim, 2 if halved else 1, 2 if temporal else 1
+
+    def forward(self, x: Tensor, timeline: Timeline) -> Tensor:
+        """x [T*B, C, h, w] -> [T'*B, O, h', w']."""
+        return _run(self.downsamples, x, timeline) + self._mean(x, timeline)
+
+    def _mean(self, x: Tensor, timeline: Timeline) -> Tensor:
+        # The first frame is alone in its pair; the other one is zero, and counts.
+        if self.time == 2 and timeline.past is None:
+            x = torch.cat([x.new_zeros((timeline.batch, *x.shape[1:])), x])
+        _, channels, height, width = x.shape
+        side, time = self.side, self.time
+        cells = x.reshape(-1, time, timeline.batch, channels, height // side, side, width // side, side)
+        cells = cells.permute(0, 2, 3, 1, 5, 7, 4, 6).reshape(-1, self.out_dim, channels * time * side**2 // self.out_dim,
+                                                              height // side, width // side)  # fmt: skip
+        return cells.mean(dim=2)
+
+
+class UpLevel(nn.Module):
+    """A level of Wan 2.2's decoder: blocks and a resampling, beside copies of what goes in."""
+
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, *, doubled: bool, temporal: bool):
+        super().__init__()
+        blocks = [ResidualBlock(out_dim if block else in_dim, out_dim) for block in range(num_blocks)]
+        last = [Upsample(out_dim, out_dim, temporal=temporal)] if doubled else []
+        self.upsamples = nn.Sequential(*blocks, *last)
+        self.out_dim, self.doubled, self.time = out_dim, doubled, 2 if temporal else 1
+
+    def forward(self, x: Tensor, timeline: Timeline) -> Tensor:
+        """x [T*B, C, h, w] -> [T'*B, O, h', w']."""
+        out = _run(self.upsamples, x, timeline)
+        return out + self._copies(x, timeline) if self.doubled else out
+
+    def _copies(self, x: Tensor, timeline: Timeline) -> Tensor:
+        _, channels, height, width = x.shape
+        copies = x.repeat_interleave(self.out_dim * self.time * 4 // channels, dim=1)
+        copies = copies.reshape(-1, timeline.batch, self.out_dim, self.time, 2, 2, height, width)
+        copies = copies.permute(0, 3, 1, 2, 6, 4, 7, 5).reshape(-1, self.out_dim, 2 * height, 2 * width)
+        # The first frame stays one: the last of its copies.
+        return copies[timeline.batch * (self.time - 1) :] if timeline.past is None else copies
+
+
 def _run(layers, x: Tensor, timeline: Timeline) -> Tensor:
     """Apply layers in order; those that look back in time get the timeline."""
     for layer in layers:
-        temporal = isinstance(layer, (CausalConv3d, ResidualBlock, Downsample, Upsample))
+        temporal = isinstance(layer, (CausalConv3d, ResidualBlock, Downsample, Upsample, DownLevel, UpLevel))
         x = layer(x, timeline) if temporal else layer(x)
     return x
 
@@ -270,6 +319,11 @@ class Encoder(nn.Module):
         self.conv1 = CausalConv3d(config.in_channels * config.pixel_patch**2, dims[0], 3, padding=1)
         layers: list[nn.Module] = []
         for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            if config.residual_resampling:
+                halved = level < len(config.temporal_downsample)
+                temporal = halved and config.temporal_downsample[level]
+                layers.append(DownLevel(in_dim, out_dim, config.num_res_blocks, halved=halved, temporal=temporal))
+                continue
             for block in range(config.num_res_blocks):
                 layers.append(ResidualBlock(out_dim if block else in_dim, out_dim))
                 if 0.5**level in config.attn_scales:
@@ -297,6 +351,11 @@ class Decoder(nn.Module):
         self.middle = _middle(dims[0])
         layers: list[nn.Module] = []
         for level, (in_dim, out_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            if config.residual_resampling:
+                doubled = level < len(temporal_upsample)
+                temporal = doubled and temporal_upsample[level]
+                layers.append(UpLevel(in_dim, out_dim, config.num_res_blocks + 1, doubled=doubled, temporal=temporal))
+                continue
             # Upsampling halves the channels.
             in_dim = in_dim // 2 if level else in_dim
             for block in range(config.num_res_blocks + 1):
@@ -305,7 +364,7 @@ class Decoder(nn.Module):
                 if 2.0 ** (level + 2 - len(config.dim_mult)) in config.attn_scales:
                     layers.append(AttentionBlock(out_dim))
             if level < len(temporal_upsample):
-                layers.append(Upsample(out_dim, temporal=temporal_upsample[level]))
+                layers.append(Upsample(out_dim, out_dim // 2, temporal=temporal_upsample[level]))
         self.upsamples = nn.Sequential(*layers)
         self.head = _head(dims[-1], config.out_channels * config.pixel_patch**2)
 

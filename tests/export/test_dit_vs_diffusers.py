@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from helpers import difference
+from wan_models import diffusers_transformer, with_noise
 
-from factorportrait.errors import CheckpointError
 from factorportrait.export.models.dit import WanDiT
-from factorportrait.export.models.wan_keys import from_diffusers, to_diffusers
+from factorportrait.export.weights import layouts
+from factorportrait.export.weights.networks import Network
 from factorportrait.model_config import DiTConfig, FusionConfig
 
 TOLERANCE = 1e-4  # relative; found 1e-6
@@ -28,40 +28,16 @@ CONFIGS = {
 }
 
 
-def reference_model(config: DiTConfig, fusion: FusionConfig) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
-        in_channels=fusion.in_channels, out_channels=config.out_channels, text_dim=config.text_dim,
-        freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
-        cross_attn_norm=config.cross_attn_norm, eps=config.eps, rope_max_seq_len=config.max_position,
-    ).eval()  # fmt: skip
-
-
-def with_noise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Every weight is drawn: fresh norms of one and biases of zero would hide a swapped name."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("scale_shift_table"):
-                parameter.copy_(0.5 * noise)
-            elif parameter.dim() == 1:
-                parameter.copy_(0.2 * noise + (1 if "norm" in name and name.endswith("weight") else 0))
-            else:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
-    return model
-
-
 @pytest.mark.parametrize("per_frame", [False, True], ids=["one_timestep", "timestep_per_frame"])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_equals_diffusers(name, seed, per_frame):
     config, fusion = CONFIGS[name]
-    theirs = with_noise(reference_model(config, fusion), seed)
+    theirs = with_noise(diffusers_transformer(Network(config, fusion)), seed)
     batch, frames, height, width = 2, 3, 4, 6
     ours = WanDiT(config, fusion, height, width).eval()
-    ours.load_state_dict(from_diffusers(theirs.state_dict()))
+    ours.load_state_dict(layouts.from_layout(theirs.state_dict(), layouts.TRANSFORMER, "diffusers"))
     generator = torch.Generator().manual_seed(100 + seed)
     streams = {
         stream: torch.randn((batch, fusion.channels(stream), frames, height, width), generator=generator)
@@ -88,25 +64,3 @@ def test_equals_diffusers(name, seed, per_frame):
     assert len(kept) == config.num_layers
     assert expected.std() > 0.1
     assert difference(velocity, expected) <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_names_translate_both_ways(name):
-    config, fusion = CONFIGS[name]
-    with torch.device("meta"):
-        ours = WanDiT(config, fusion, 4, 4).state_dict()
-        theirs = reference_model(config, fusion).state_dict()
-    assert to_diffusers(ours).keys() == theirs.keys()
-    assert from_diffusers(theirs).keys() == ours.keys()
-
-
-def test_norm_before_cross_attention_is_third_here_and_second_there():
-    assert list(to_diffusers({"blocks.7.norm3.weight": 0})) == ["blocks.7.norm2.weight"]
-
-
-@pytest.mark.parametrize("key", ["blocks.0.norm9.weight", "vace.weight", "blocks.0.self_attn.qkv.weight"])
-def test_unknown_name_is_refused(key):
-    with pytest.raises(CheckpointError, match=key):
-        to_diffusers({key: 0})
-    with pytest.raises(CheckpointError, match=key):
-        from_diffusers({key: 0})

@@ -7,17 +7,14 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from wan_models import diffusers_vae
 
 from factorportrait.config import VAEConfig, config_from_dict, config_to_dict
 from factorportrait.errors import CheckpointError
 from factorportrait.export.models.vae import VideoVAE
-from factorportrait.export.models.vae_keys import (
-    config_from_diffusers,
-    config_to_diffusers,
-    from_diffusers,
-    to_diffusers,
-)
 from factorportrait.export.models.vae_stages import vae_stages
+from factorportrait.export.weights import layouts
+from factorportrait.export.weights.networks import WAN22_VAE
 
 WAN = VAEConfig(base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal_downsample=(False, True, True))
 CONFIGS = {
@@ -36,7 +33,13 @@ CONFIGS = {
     "early_time": VAEConfig(
         base_dim=4, z_dim=6, dim_mult=(2, 1, 3), num_res_blocks=2, temporal_downsample=(True, False), in_channels=4
     ),
-}
+    # Wan 2.2's structure: the release but for its widths, another order of temporal levels, and widths that shrink.
+    "wan22": dataclasses.replace(WAN22_VAE, base_dim=8, decoder_base_dim=12),
+    "wan22_early_time": dataclasses.replace(
+        WAN22_VAE, base_dim=8, decoder_base_dim=8, z_dim=5, dim_mult=(1, 2, 1), num_res_blocks=1, patch_size=None,
+        temporal_downsample=(True, True), latents_mean=None, latents_std=None,
+    ),
+}  # fmt: skip
 TOLERANCE = 1e-4  # relative to the largest value; the same sums in another order differ by about 1e-6
 SIZE = (32, 48)
 
@@ -78,12 +81,11 @@ def vae(request) -> VideoVAE:
 
 @torch.no_grad()
 def test_equals_diffusers_frame_by_frame(vae):
-    wan = pytest.importorskip("diffusers").AutoencoderKLWan
     config = vae.config
     if config.temporal_stride != 4:
         pytest.skip("diffusers always takes 4 frames at a time")
-    theirs = wan(**config_to_diffusers(config)).eval()
-    theirs.load_state_dict(to_diffusers(vae.state_dict(), config), strict=True)
+    theirs = diffusers_vae(config)
+    theirs.load_state_dict(layouts.to_layout(vae.state_dict(), layouts.vae(config), "diffusers"), strict=True)
     mean, std = vae.latents_mean[:, None], vae.latents_std[:, None]
 
     frames = clip(config, num_groups=5)
@@ -192,27 +194,39 @@ def test_wan_2_1_has_its_names_and_size():
     assert not vae.latents_mean.is_meta
 
 
+def test_wan_2_2_has_its_names_and_size():
+    with torch.device("meta"):
+        vae = VideoVAE(WAN22_VAE)
+    state_dict = vae.state_dict()
+    assert round(sum(value.numel() for value in state_dict.values()) / 1e6, 2) == 704.69
+    assert state_dict["encoder.downsamples.1.downsamples.2.time_conv.weight"].shape == (320, 320, 3, 1, 1)
+    assert state_dict["decoder.upsamples.0.upsamples.3.resample.1.weight"].shape == (1024, 1024, 3, 3)
+    assert state_dict["decoder.head.2.weight"].shape == (12, 256, 3, 3, 3)
+    assert WAN22_VAE.spatial_stride == 16 and WAN22_VAE.temporal_stride == 4
+    shapes = vae.cache_shapes(64, 64)
+    # As Wan 2.1: the shortcuts of 2.2 keep nothing.
+    assert (len(shapes["decode"].steady), len(shapes["decode"].first)) == (32, 30)
+
+
 def test_key_names_round_trip(vae):
     state_dict = vae.state_dict()
-    theirs = to_diffusers(state_dict, vae.config)
+    rows = layouts.vae(vae.config)
+    theirs = layouts.to_layout(state_dict, rows, "diffusers")
     assert set(theirs).isdisjoint({key for key in state_dict if "residual" in key})
-    back = from_diffusers(theirs, vae.config)
+    back = layouts.from_layout(theirs, rows, "diffusers")
     assert list(back) == list(state_dict)
     assert all(back[key] is value for key, value in state_dict.items())
 
 
 def test_unknown_keys_are_named(vae):
-    for rename in (to_diffusers, from_diffusers):
+    for rename in (layouts.to_layout, layouts.from_layout):
         with pytest.raises(CheckpointError, match="decoder.tail.weight"):
-            rename({"decoder.tail.weight": 0}, vae.config)
+            rename({"decoder.tail.weight": 0}, layouts.vae(vae.config), "diffusers")
 
 
 def test_config_round_trips(vae):
     config = vae.config
     assert config_from_dict(VAEConfig, config_to_dict(config), "config.json") == config
-    filled = config_from_diffusers(config_to_diffusers(config), "config.json")
-    assert filled.in_channels == config.in_channels and filled.temporal_downsample == config.temporal_downsample
-    assert (filled.base_dim, filled.decoder_base_dim) == (config.base_dim, config.decoder_base_dim)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +263,7 @@ def test_key_names_are_what_diffusers_makes_of_the_original():
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
     state_dict = VideoVAE(CONFIGS["wan"]).state_dict()
     expected = utils.convert_wan_vae_to_diffusers(dict(state_dict))
-    found = to_diffusers(state_dict, CONFIGS["wan"])
+    found = layouts.to_layout(state_dict, layouts.vae(CONFIGS["wan"]), "diffusers")
     assert set(found) == set(expected)
     assert all(value is expected[key] for key, value in found.items())
 
@@ -271,15 +285,16 @@ def test_half_precision_keeps_float32_outside():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("conv_impl", "names"),
+    ("config", "conv_impl", "names"),
     [
-        ("conv2d", ["vae_encode_first", "vae_encode_steady", "vae_decode_first", "vae_decode_steady"]),
-        ("conv3d", ["vae_decode_steady"]),
+        ("demo", "conv2d", ["vae_encode_first", "vae_encode_steady", "vae_decode_first", "vae_decode_steady"]),
+        ("demo", "conv3d", ["vae_decode_steady"]),
+        ("wan22_early_time", "conv2d", ["vae_encode_steady", "vae_decode_first"]),
     ],
 )
-def test_graphs_equal_torch(conv_impl, names, tmp_path):
+def test_graphs_equal_torch(config, conv_impl, names, tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    vae = randomised(VideoVAE(CONFIGS["demo"], conv_impl))
+    vae = randomised(VideoVAE(CONFIGS[config], conv_impl))
     stages = [stage for stage in vae_stages(vae, *SIZE) if stage.name in names]
     assert [stage.name for stage in stages] == names
     for stage in stages:
