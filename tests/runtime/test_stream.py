@@ -40,12 +40,12 @@ def make_denoiser(opened, schedule, guidance, *, mode="stream", chunk=2, window=
     )  # fmt: skip
 
 
-def run_stream(opened, schedule, sizes, window, chunk, rng_seed=0, guidance=None):
+def run_stream(opened, schedule, sizes, window, chunk, rng_seed=0, guidance=None, in_place=False):
     """Latents [C, N, h, w], and the conditions they came from."""
     config = opened.config
     rng = np.random.default_rng(rng_seed)
     guidance = guidance or constant_guidance({}, schedule.num_steps)
-    denoiser = make_denoiser(opened, schedule, guidance, chunk=chunk, window=window)
+    denoiser = make_denoiser(opened, schedule, guidance, chunk=chunk, window=window, in_place=in_place)
     sets = range(guidance.num_sets)
     reference = [random_conditions(rng, config, 1) for _ in sets]
     denoiser.set_reference([tokens for tokens, _ in reference], [modulation for _, modulation in reference])
@@ -60,24 +60,30 @@ def run_stream(opened, schedule, sizes, window, chunk, rng_seed=0, guidance=None
 
 
 @pytest.mark.parametrize(
-    ("sizes", "window"),
+    ("sizes", "window", "in_place"),
     [
-        ([1] * 9, 5),
-        ([1] * 7, 1),
-        ([2] * 6, 4),
-        ([2] * 6, 5),
-        ([3] * 5, 3),
-        ([3] * 5, 4),
-        ([3] * 5, 6),
-        ([1, 3, 3, 3, 3], 7),
-        ([2] * 3, 16),
+        ([1] * 9, 5, False),
+        ([1] * 7, 1, False),
+        ([2] * 6, 4, False),
+        ([2] * 6, 5, False),
+        ([3] * 5, 3, False),
+        ([3] * 5, 4, False),
+        ([3] * 5, 6, False),
+        ([1, 3, 3, 3, 3], 7, False),
+        ([2] * 3, 16, False),
+        ([1] * 9, 5, True),
+        ([1] * 7, 1, True),
+        ([2] * 6, 4, True),
+        ([3] * 5, 3, True),
+        ([3] * 5, 6, True),
+        ([2] * 3, 16, True),
     ],
 )
 @pytest.mark.parametrize("solver", ["euler", "renoise"])
-def test_stream_equals_recomputation(opened, model, sizes, window, solver):
+def test_stream_equals_recomputation(opened, model, sizes, window, in_place, solver):
     """Windows that are and are not multiples of the chunk, of exactly one chunk, past the ring's wrap, and never full."""
     schedule = flow_schedule(2, shift=3.0, solver=solver)
-    found, reference, conditions = run_stream(opened, schedule, sizes, window, max(sizes))
+    found, reference, conditions = run_stream(opened, schedule, sizes, window, max(sizes), in_place=in_place)
 
     def noise(first, count, step):
         shape = (1, 16, count, opened.config.latent_height, opened.config.latent_width)
@@ -90,6 +96,77 @@ def test_stream_equals_recomputation(opened, model, sizes, window, solver):
     rows = list(zip(schedule.timesteps, schedule.sample, schedule.outputs[:, 0], schedule.noise, strict=True))
     expected = recompute(model, convert(reference[0]), [convert(chunk[0]) for chunk in conditions], noise, rows, window)
     assert relative_error(found, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("guided", [False, True])
+def test_both_caches_give_the_same_stream(opened, chunk, guided):
+    """Three times around the ring, with and without guidance: the keys come in another order, so only rounding differs."""
+    schedule = flow_schedule(2, shift=3.0)
+    guidance = constant_guidance({"all": 1.5, "pose": 2.0} if guided else {}, 2)
+    sizes, window = [chunk] * 7, 2 * chunk
+    concat, in_place = (
+        run_stream(opened, schedule, sizes, window, chunk, guidance=guidance, in_place=each)[0] for each in (False, True)
+    )
+    assert relative_error(in_place, concat) <= 1e-4
+
+
+def test_two_streams_in_place_do_not_disturb_each_other(opened):
+    schedule, guidance = flow_schedule(1, 1.0), constant_guidance({}, 1)
+    alone, reference, conditions = run_stream(opened, schedule, [2] * 5, 4, 2, in_place=True)
+    denoisers = [make_denoiser(opened, schedule, guidance, window=4, in_place=True) for _ in range(2)]
+    for denoiser, (tokens, modulation) in zip(denoisers, (reference[0], [part[:, ::-1] for part in reference[0]]), strict=True):
+        denoiser.set_reference([tokens], [modulation])
+    latents = []
+    for i, ((tokens, modulation),) in enumerate(conditions):
+        latents.append(denoisers[0].generate(ChunkConditions(2 * i, [tokens], [modulation]))[0].copy())
+        denoisers[1].generate(ChunkConditions(2 * i, [-tokens], [modulation]))
+    assert np.array_equal(np.concatenate(latents, axis=1), alone)
+
+
+def test_the_cache_stays_where_it_is(opened):
+    """Keys and values are allocated once; what the graph reads and what it writes is that memory, in every chunk."""
+    config = opened.config
+    denoiser = make_denoiser(opened, flow_schedule(2, 1.0), constant_guidance({}, 2), window=4, in_place=True)
+    bound = []
+    bind = denoiser.dit.bind
+
+    class Spy:
+        spec = denoiser.dit.spec
+
+        def bind(self, inputs, outputs):
+            bound.append((inputs, outputs))
+            return bind(inputs, outputs)
+
+    denoiser.dit = Spy()
+    memory = denoiser.cache._memory[0]
+    addresses = {name: array.ctypes.data for name, array in memory.items()}
+    rng = np.random.default_rng(0)
+    tokens, modulation = random_conditions(rng, config, 1)
+    denoiser.set_reference([tokens], [modulation])
+    sink = memory["k.0"][:, 0].copy()
+    for i in range(6):
+        before = memory["k.0"].copy()
+        tokens, modulation = random_conditions(rng, config, 2)
+        denoiser.generate(ChunkConditions(2 * i, [tokens], [modulation]))
+        changed = [slot for slot in range(5) if not np.array_equal(before[:, slot], memory["k.0"][:, slot])]
+        assert changed == [1 + 2 * i % 4, 2 + 2 * i % 4]  # the chunk's own slots, nothing else
+    assert np.array_equal(memory["k.0"][:, 0], sink) and sink.any()
+    # One reference, and two steps and a commit for a window that fills and for the full one.
+    assert len(bound) == 1 + 3 * 2
+    for inputs, outputs in bound:
+        for name, address in addresses.items():
+            part, block = name.split(".")
+            assert inputs[f"cache_{name}"].ctypes.data == outputs[f"cache_{part}_out.{block}"].ctypes.data == address
+    slots, (rows, dim) = 5, (config.tokens_per_frame, config.dit.dim)
+    assert denoiser.cache_bytes == sum(array.nbytes for array in memory.values()) == 4 * slots * rows * dim * 4
+
+
+def test_frames_that_do_not_lie_together_are_refused(opened):
+    denoiser = make_denoiser(opened, flow_schedule(1, 1.0), constant_guidance({}, 1), window=4, in_place=True)
+    tokens, modulation = random_conditions(np.random.default_rng(0), opened.config, 2)
+    with pytest.raises(ValueError, match="do not lie together in a ring of 4"):
+        denoiser.generate(ChunkConditions(3, [tokens], [modulation]))
 
 
 def test_window_matters(opened):
