@@ -267,7 +267,7 @@ def _take_turns(case: Case, rows: Sequence[Row], origin: float, on_round) -> Non
             if (measured := _attempt(row, case.frames)) is not None:
                 _keep(row, measured, order, started)
             order += 1
-        width = max((half_interval(row.repetitions) or math.inf for row in alive if row.repetitions), default=math.inf)
+        width = max((half_interval(row.repetitions) for row in alive if row.status == "ok"), default=math.inf)
         on_round(round_idx + 1, None if math.isinf(width) else width)
         enough = round_idx + 1 >= case.repetitions
         if enough and width <= case.interval:
@@ -312,10 +312,10 @@ def steady_chunks(repetition: Repetition) -> list[Chunk]:
     return [chunk for chunk in repetition.chunks if chunk.steady]
 
 
-def half_interval(repetitions: Sequence[Repetition]) -> float | None:
-    """Half of the 95 % interval of the median chunk time, relative to it; None with too few repetitions for one."""
+def half_interval(repetitions: Sequence[Repetition]) -> float:
+    """Half of the 95 % interval of the median chunk time, relative to it; infinite with too few repetitions for one."""
     if len(repetitions) < CONFIDENCE_REPETITIONS:
-        return None
+        return math.inf
     found = summarise([[chunk.wall_ms for chunk in steady_chunks(repetition)] for repetition in repetitions])
     return (found.high - found.low) / 2 / found.p50
 
