@@ -381,7 +381,8 @@ def _infer_transformer(
         patch_size=tuple(patch),
         freq_dim=size("time_embedding.0.weight", 1),
         qk_norm=size.has("blocks.0.self_attn.norm_q.weight"),
-        cross_attn_norm=size.has("blocks.0.norm3.weight"),
+        # Without cross-attention there is no norm before it that could show.
+        cross_attn_norm=size.has("blocks.0.norm3.weight") or not size.has("text_embedding.0.weight"),
         text_dim=size("text_embedding.0.weight", 1) if size.has("text_embedding.0.weight") else None,
         image_dim=size("img_emb.proj.0.weight", 0) if size.has("img_emb.proj.0.weight") else None,
         reference_channels=size("ref_conv.weight", 1) if size.has("ref_conv.weight") else None,
@@ -459,18 +460,14 @@ def _vae_values(data: Mapping[str, Any], file: str) -> dict[str, Any]:
 def _agreed(inferred: Any, values: Mapping[str, Any], file: str) -> Any:
     """The inferred config with what only a config can say; raises where both differ."""
     only_config = {"eps", "rope_theta", "max_position", "num_heads", "latents_mean", "latents_std", "attn_scales", "face"}
+    if getattr(inferred, "text_dim", 0) is None:
+        only_config.add("cross_attn_norm")
     for name, value in values.items():
         seen = getattr(inferred, name)
-        if name not in only_config and value != seen and not _means_the_same(inferred, name, value, seen):
+        as_encoder = name == "decoder_base_dim" and seen is None and value == inferred.base_dim
+        if name not in only_config and value != seen and not as_encoder:
             raise _contradiction(file, name, value, seen)
     return replace(inferred, **{name: value for name, value in values.items() if name in only_config})
-
-
-def _means_the_same(inferred: Any, name: str, value: Any, seen: Any) -> bool:
-    if name == "decoder_base_dim":
-        return seen is None and value == inferred.base_dim
-    # Without cross-attention there is no norm before it that shapes could show.
-    return name == "cross_attn_norm" and inferred.text_dim is None
 
 
 def _contradiction(file: str, name: str, says: Any, shapes: Any) -> CheckpointError:
