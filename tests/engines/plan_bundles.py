@@ -32,7 +32,7 @@ DIT = StageSpec(
 DIT_IN_PLACE = StageSpec(
     "dit_inplace", "dit_inplace.onnx",
     (
-        TensorSpec("noise_latents", "float32", (1, 16, "F", 4, 4)), TensorSpec("cache_k.0", "float16", (1, "S", 4, 64)),
+        TensorSpec("noise_latents", "float32", (1, 16, "F", 4, 4)), TensorSpec("cache_k.0", "float16", (1, 1, "4*S", 64)),
         TensorSpec("key_positions", "int64", ("S",)), TensorSpec("write_index", "int64", (1,)),
     ),
     (TensorSpec("velocity", "float32", (1, 16, "F", 4, 4)),),

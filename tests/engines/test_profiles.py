@@ -8,18 +8,16 @@ import pytest
 from plan_bundles import CONTROLLER, DECODER, DIT, DIT_IN_PLACE, ENCODER
 
 from factorportrait.bundle import StageSpec, TensorSpec
+from factorportrait.engines.base import tensor_shape
 from factorportrait.engines.tensorrt.builder import Job, Phases
 from factorportrait.engines.tensorrt.plans import Options
 from factorportrait.engines.tensorrt.profiles import profiles_of
 
 
-def dit_shapes(spec: StageSpec, **sizes: int) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tuple(sizes.get(size, size) for size in tensor.shape) for tensor in spec.inputs}
-
-
 def holding(spec: StageSpec, config, **sizes: int) -> list[str]:
     """Names of the profiles that hold the sizes."""
-    return [profile.name for profile in profiles_of(spec, config) if profile.holds(dit_shapes(spec, **sizes))]
+    shapes = {tensor.name: tensor_shape(tensor, sizes) for tensor in spec.inputs}
+    return [profile.name for profile in profiles_of(spec, config) if profile.holds(shapes)]
 
 
 def test_the_transformer_has_a_profile_for_every_run(tiny_config):
@@ -48,7 +46,8 @@ def test_modes_that_the_checkpoint_lacks_have_no_profile(tiny_config):
 
 def test_the_cache_in_place(tiny_config):
     (profile,) = profiles_of(DIT_IN_PLACE, tiny_config)
-    assert profile.shapes["cache_k.0"] == ((1, 1, 4, 64), (1, 6, 4, 64), (1, 6, 4, 64))  # the reference and a window of 5
+    assert profile.shapes["key_positions"] == ((1,), (6,), (6,))  # the reference and a window of 5
+    assert profile.shapes["cache_k.0"] == ((1, 1, 4, 64), (1, 1, 24, 64), (1, 1, 24, 64))
     assert "write_index" not in profile.shapes
     assert holding(DIT_IN_PLACE, tiny_config, F=1, S=1) == holding(DIT_IN_PLACE, tiny_config, F=2, S=6) == ["stream"]
 
