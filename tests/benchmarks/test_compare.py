@@ -221,8 +221,8 @@ def test_rows_that_cannot_be_compared_are_named():
     base = report([result(reps), result(reps, case="gone"), result(reps, case="other", steps=4)])
     head = report([result(reps), result(reps, case="other", steps=2)])
     compared = compare.compare([base], [head], THRESHOLDS)
-    assert dict(compared.skipped) == {"gone/onnxruntime": "not in head", "other/onnxruntime": "steps differs: 4 and 2"}
-    assert [case.key for case in compared.cases] == ["demo/onnxruntime"]
+    assert dict(compared.skipped) == {"gone/onnxruntime-cpu": "not in head", "other/onnxruntime-cpu": "steps differs: 4 and 2"}
+    assert [case.key for case in compared.cases] == ["demo/onnxruntime-cpu"]
 
 
 def run(capsys, *arguments):
