@@ -1,9 +1,9 @@
 """fp-bench history: medians over many reports, and where they changed.
 
 Change points are found by E-divisive with means (Matteson and James, A Nonparametric Approach for Multiple Change Point Analysis,
-2014), which MongoDB uses for the same purpose (Daly et al., 2020): the split with the largest energy distance between the two sides, kept
-when at most 1 % of shuffled series have a larger one; then each side again. Own code, because what `ruptures` offers instead asks for a
-penalty that has to be tuned to the noise of every series; a level of significance is the same for all.
+2014), which MongoDB uses for the same purpose (Daly et al., 2020): the split with the largest energy distance between the two
+sides, kept when at most 1 % of shuffled series have a larger one; then each side again. Own code, because what `ruptures` offers
+instead asks for a penalty that has to be tuned to the noise of every series; a level of significance is the same for all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from factorportrait.benchmarks import svg
 from factorportrait.benchmarks.compare import LOOP, percent, repetition_times
 from factorportrait.benchmarks.page import html_document, html_table, significant
+from factorportrait.benchmarks.report import FILES
 from factorportrait.benchmarks.schema import Report, Result, read_report
 from factorportrait.errors import UserError
 
@@ -128,15 +129,16 @@ def read_folder(folder: Path) -> tuple[list[Report], list[str]]:
             f"history {folder}", expected="a folder of reports", found="no folder", action="name another folder"
         )
     reports, skipped = [], []
-    paths = sorted(folder.rglob("*.json"))
+    paths = sorted(path for path in folder.rglob("*.json") if path.name not in FILES)
     for path in paths:
         try:
             reports.append(read_report(path))
         except UserError as error:
             skipped.append(f"{path.relative_to(folder)}: {error.found}")
     if not reports:
+        found = f"{len(paths)} other JSON files" if paths else "no JSON file"
         raise UserError(
-            f"history {folder}", expected="reports of fp-bench run", found=f"{len(paths)} other JSON files" if paths else "no JSON file",
+            f"history {folder}", expected="reports of fp-bench run", found=found,
             action="put every run's latency.json there, under a name of its own",
         )  # fmt: skip
     return sorted(reports, key=lambda report: (report.code.committed or report.created, report.created)), skipped
@@ -191,8 +193,8 @@ def history_page(found: list[Trend], skipped: Sequence[str] = ()) -> str:
     """One page that works offline."""
     parts = [
         "<h1>Latency over time</h1>",
-        f'<p class="note">Medians per chunk, reports in the order of their commits. A change point (dashed) is kept when at most '
-        f"{100 * SIGNIFICANCE:g} % of shuffled series have a clearer one, and when the level moved by {100 * MIN_CHANGE:g} % or more; "
+        '<p class="note">Medians per chunk, reports in the order of their commits. A change point (dashed) is kept when at most '
+        f"{100 * SIGNIFICANCE:g} % of shuffled series have a clearer one and the level moved by {100 * MIN_CHANGE:g} % or more; "
         f"{MIN_REPORTS} reports on each side are needed, and a handful more for certainty.</p>",
     ]
     for trend in found:

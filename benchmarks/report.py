@@ -79,6 +79,14 @@ def cases(report: Report) -> dict[str, list[Result]]:
     return {case: sorted(rows, key=lambda result: result.latency is None) for case, rows in found.items()}
 
 
+def without_latency(result: Result) -> str:
+    """What a row says that has no latency: why, or the stages of a peer that makes no pictures."""
+    if result.status == "ok":
+        times = ", ".join(f"{stage.name} {significant(stage.per_chunk.p50)} ms" for stage in result.stages)
+        return f"stages alone: {times} per chunk"
+    return f"{result.status}: {result.reason}"
+
+
 def steady_chunks(result: Result) -> list[Chunk]:
     return [chunk for repetition in result.repetitions for chunk in repetition.chunks if chunk.steady]
 
@@ -122,7 +130,7 @@ def rows_table(results: Sequence[Result]) -> list[str]:
     for result in results:
         name = cell(result.key)
         if result.latency is None:
-            lines.append(f"| {name} | {result.status}: {cell(result.reason)} |" + " |" * 9)
+            lines.append(f"| {name} | {cell(without_latency(result))} |" + " |" * 9)
             continue
         latency, fraction = result.latency, limit_fraction(result)
         note = "" if result.status == "ok" else f" ({result.status})"
@@ -247,8 +255,8 @@ def rows_html(results: Sequence[Result]) -> str:
     for result in results:
         name = escape(result.key)
         if result.latency is None:
-            why = f'<span class="missed">{escape(result.status)}</span>: {escape(result.reason)}'
-            rows.append(("", [name, why]))
+            text = escape(without_latency(result))
+            rows.append(("", [name, text if result.status == "ok" else f'<span class="missed">{text}</span>']))
             continue
         latency, per_frame = result.latency, result.latency.per_frame
         marks = "" if result.status == "ok" else f' <span class="missed">{escape(result.status)}</span>'
@@ -429,15 +437,17 @@ def stages_figure(result: Result, colours: dict[str, str]) -> str:
 
 def roofline_figure(result: Result, report: Report, colours: dict[str, str]) -> str:
     """Rate over intensity of every counted stage, under the machine's measured limits."""
+    from factorportrait.benchmarks.peers import PEERS
+
     points = [
         (stage, stage.work.flops / stage.work.bytes, stage.work.flops / stage.per_chunk.p50 * 1e3)
         for stage in result.stages
         if stage.work and stage.work.bytes and stage.work.flops and stage.per_chunk.p50
     ]
-    device = "cpu" if not report.machine.gpus or "cpu" in result.peer else report.machine.gpus[0].name
-    threads = result.config.get("threads") or report.machine.cores
-    limits = [limit for limit in report.limits if limit.device == device]
-    limits = [limit for limit in limits if limit.threads in (0, threads)] or limits
+    peer = PEERS.get(result.peer)
+    on_gpu = peer is not None and peer.device == "cuda"
+    limits = [limit for limit in report.limits if (limit.device != "cpu") == on_gpu]
+    limits = [limit for limit in limits if on_gpu or limit.threads == result.config.get("threads")]
     roofs = {name: rate for limit in limits[:1] for name, rate in limit.matrix_flops.items()}
     if not points or not roofs:
         return '<p class="note">No roofline: the work of the stages or the machine\'s limits were not measured.</p>'
@@ -469,7 +479,7 @@ def scaling_html(report: Report) -> str:
         if result.sweep is None:
             continue
         if result.latency is None:
-            failed.append(f"{result.key}: {result.reason or result.status}")
+            failed.append(f"{result.key}: {without_latency(result)}")
             continue
         peers = curves.setdefault((result.sweep.curve, result.sweep.axis), {})
         peers.setdefault(result.peer, []).append(result)

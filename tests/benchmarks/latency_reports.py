@@ -74,7 +74,9 @@ def summary(values) -> Summary:
     return Summary(len(values), float(values.mean()), *p, 0.98 * p[0], 1.02 * p[0])
 
 
-def result(repetitions, case: str = "demo", peer: str = "onnxruntime", sweep: Sweep | None = None, **config) -> Result:
+def result(
+    repetitions, case: str = "demo", peer: str = "onnxruntime-cpu", sweep: Sweep | None = None, **config
+) -> Result:
     chunks = [chunk for rep in repetitions for chunk in rep.chunks if chunk.steady]
     wall = summary([chunk.wall_ms for chunk in chunks])
     per_frame = summary([chunk.wall_ms / chunk.frames for chunk in chunks])
@@ -110,9 +112,10 @@ def result(repetitions, case: str = "demo", peer: str = "onnxruntime", sweep: Sw
         "mode": "stream",
         "precision": "fp32",
         "steps": 2,
-        "window_frames": 9,
+        "window": 9,
         "resolution": 128,
-        "bundle": "out/demo-fp32",
+        "bundle": "demo-fp32",
+        "threads": 2,
     } | config
     return Result(
         f"{case}/{peer}",
@@ -177,7 +180,7 @@ def peers_and_sweep(rng: np.random.Generator) -> Report:
     torch = [repetition(rng, slow, i, dict.fromkeys(STAGES, 1.6)) for i, slow in enumerate(mood(rng, 12))]
     rows = [
         result(reps),
-        result(torch, peer="torch-eager"),
+        result(torch, peer="torch"),
         Result("demo/torch-compile", "demo", "torch-compile", {}, "unavailable", "no C++ compiler was found"),
         Result("demo/diffusers", "demo", "diffusers", {}, "failed", 'RuntimeError: shapes <1> & "2"'),
     ]
