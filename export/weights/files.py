@@ -27,7 +27,7 @@ SUFFIXES = (".safetensors", *PICKLES)
 # What a training's pickle keeps beside each other, the best to deploy first.
 CONTAINERS = ("generator_ema", "ema", "generator", "state_dict", "model", "module")
 # What wrappers of a training put around or into names.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "generator.", "transformer.")
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "model.", "module.", "generator.", "transformer.")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

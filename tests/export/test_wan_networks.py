@@ -10,20 +10,28 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
-from wan_models import diffusers_transformer, diffusers_vae, transformer_arguments, vae_arguments, with_noise
+from wan_models import (
+    diffusers_transformer,
+    diffusers_vae,
+    lazy,
+    original_of,
+    random_weights,
+    small,
+    transformer_arguments,
+    vae_arguments,
+    with_noise,
+)
 
 from factorportrait.errors import CheckpointError
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.models.vae import VideoVAE
 from factorportrait.export.weights import layouts
-from factorportrait.export.weights.files import LazyTensor
 from factorportrait.export.weights.fill import compare
 from factorportrait.export.weights.networks import (
     PUBLISHED,
     WAN21_VAE,
     WAN22_VAE,
     Network,
-    blur_constants,
     build_transformer,
     build_vae,
     open_transformer,
@@ -32,7 +40,7 @@ from factorportrait.export.weights.networks import (
     transformer_of,
     with_streams,
 )
-from factorportrait.model_config import DiTConfig, FaceConfig, FusionConfig
+from factorportrait.model_config import DiTConfig, FusionConfig
 
 VAES = {"Wan2.1": WAN21_VAE, "Wan2.2": WAN22_VAE}
 # diffusers has no model of these.
@@ -52,32 +60,6 @@ def on_meta(network: Network) -> WanDiT:
 @functools.cache
 def meta_weights(name: str) -> dict[str, torch.Tensor]:
     return on_meta(PUBLISHED[name]).state_dict()
-
-
-def lazy(weights) -> dict[str, LazyTensor]:
-    return {name: LazyTensor.of(tensor) for name, tensor in weights.items()}
-
-
-def small(name: str, **sizes) -> Network:
-    """A published network with one head of 128, so that shapes say everything."""
-    known = PUBLISHED[name]
-    sizes = {"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 2, "freq_dim": 32, "text_dim": 20} | sizes
-    if known.dit.image_dim:
-        sizes["image_dim"] = 12
-    if known.dit.face:
-        sizes["face"] = FaceConfig(
-            image_size=16, encoder_widths=(4, 6, 8), style_dim=10, motion_dim=3, code_dim=14, hidden_dim=8, num_tokens=2,
-            block_interval=2,
-        )  # fmt: skip
-    return Network(dataclasses.replace(known.dit, **sizes), known.fusion)
-
-
-def random_weights(network: Network, seed: int = 0) -> dict[str, torch.Tensor]:
-    return with_noise(WanDiT(network.dit, network.fusion, 4, 4), seed).state_dict()
-
-
-def original_of(network: Network, weights) -> dict[str, torch.Tensor]:
-    return layouts.to_layout(weights, rows_of(network), "original") | blur_constants(network)
 
 
 # ---- real sizes, no values -----------------------------------------------------------------------------------------------

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel, WanTransformer3DModel
 
 from factorportrait.config import VAEConfig
-from factorportrait.export.weights.networks import Network
+from factorportrait.export.models.dit import WanDiT
+from factorportrait.export.weights import layouts
+from factorportrait.export.weights.files import LazyTensor
+from factorportrait.export.weights.networks import PUBLISHED, Network, blur_constants, rows_of
+from factorportrait.model_config import FaceConfig
 
 
 def vae_arguments(config: VAEConfig) -> dict:
@@ -69,3 +75,29 @@ def with_noise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
     return model
+
+
+def lazy(weights) -> dict[str, LazyTensor]:
+    return {name: LazyTensor.of(tensor) for name, tensor in weights.items()}
+
+
+def small(name: str, **sizes) -> Network:
+    """A published network with one head of 128, so that shapes say everything."""
+    known = PUBLISHED[name]
+    sizes = {"dim": 128, "ffn_dim": 64, "num_heads": 1, "num_layers": 2, "freq_dim": 32, "text_dim": 20} | sizes
+    if known.dit.image_dim:
+        sizes["image_dim"] = 12
+    if known.dit.face:
+        sizes["face"] = FaceConfig(
+            image_size=16, encoder_widths=(4, 6, 8), style_dim=10, motion_dim=3, code_dim=14, hidden_dim=8, num_tokens=2,
+            block_interval=2,
+        )  # fmt: skip
+    return Network(dataclasses.replace(known.dit, **sizes), known.fusion)
+
+
+def random_weights(network: Network, seed: int = 0) -> dict[str, torch.Tensor]:
+    return with_noise(WanDiT(network.dit, network.fusion, 4, 4), seed).state_dict()
+
+
+def original_of(network: Network, weights) -> dict[str, torch.Tensor]:
+    return layouts.to_layout(weights, rows_of(network), "original") | blur_constants(network)
