@@ -71,8 +71,8 @@ def test_every_style_is_the_product(opened, tmp_path, style, scale):
     pairs = factors(opened)
     lora = {"original": original_style, "underscores": underscores, "peft": peft}.get(style, original_style)(pairs)
     if style == "diffusers":
-        # diffusers' own conversion of the original style.
-        lora = _convert_non_diffusers_wan_lora_to_diffusers(lora)
+        # diffusers' own conversion of the original style; it scales in place.
+        lora = _convert_non_diffusers_wan_lora_to_diffusers({name: tensor.clone() for name, tensor in lora.items()})
         assert "transformer.blocks.0.attn1.to_q.lora_A.weight" in lora
     found = merged(opened, lora, tmp_path, scale)
     for name, tensor in opened.tensors.items():
