@@ -108,7 +108,8 @@ def measure_point(run: Run, case: Case, sweep: Sweep | None) -> list[Result]:
     say(f"{case.name}: {', '.join(case.rows)}")
     try:
         folder = materialise(case)
-        case = resolve(case, Bundle(folder).config)
+        bundle = Bundle(folder)
+        case = resolve(case, bundle.config)
     except UserError as error:
         return measure_case(case, {name: WorkerError(str(error), available=False) for name in case.rows}, sweep=sweep)
     measure_needed_limits(run, case)
@@ -116,6 +117,7 @@ def measure_point(run: Run, case: Case, sweep: Sweep | None) -> list[Result]:
         results = measure_case(case, workers, sweep=sweep, origin=run.started, on_round=progress(case))
     if case.cold_start:
         results = [with_cold_start(result, case, folder, 1 if run.quick else COLD_STARTS) for result in results]
+    results = [replace(result, source_key=bundle.manifest.source_key) for result in results]
     return with_limits(results, case, folder, run.limits)
 
 

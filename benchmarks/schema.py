@@ -317,6 +317,7 @@ class Result:
     Attributes:
         key: CASE/PEER; compare and history match rows of different reports by it and by `config`.
         config: the case's fields after defaults, as in its TOML.
+        source_key: of the bundle (its manifest's); pareto matches quality reports by it.
         status: of STATUSES; `reason` says why where it is not "ok". An interrupted row keeps the repetitions that it has.
         latency: null for a peer that measures some stages alone.
         execution: "serial" or "overlapped".
@@ -346,6 +347,7 @@ class Result:
     noise: Noise = field(default_factory=Noise)
     stopped: str = ""
     notes: tuple[str, ...] = ()
+    source_key: str | None = None
 
 
 @dataclass(frozen=True)

@@ -389,6 +389,7 @@ def measure(
             "identities": settings.identities, "frames": settings.frames, "steps": list(bench.steps),
             "primary_steps": bench.primary_steps, "modes": list(settings.modes), "seed": settings.seed,
             "generation": bench.generation, "chunk_frames": opened.config.generation.chunk_frames,
+            "window_frames": opened.config.generation.window_frames,
             "clips": "rendered" if settings.data is None else "shards of the test split",
             "expression": "pictures through the bundle's expression encoder",
         },
