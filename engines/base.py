@@ -36,13 +36,13 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
+        return prod(self.shape) * itemsize(self.dtype)
 
     def view(self, shape: tuple[int, ...], start: int = 0) -> DeviceArray:
         """See `Engine.view`."""
         if start < 0 or start + prod(shape) > prod(self.shape):
             raise ValueError(f"view of {list(self.shape)}: {list(shape)} from element {start} on is not inside")
-        return DeviceArray(self.address + start * np.dtype(self.dtype).itemsize, shape, self.dtype, self.owner)
+        return DeviceArray(self.address + start * itemsize(self.dtype), shape, self.dtype, self.owner)
 
 
 class Runner(Protocol):
@@ -182,6 +182,11 @@ def check_buffers(spec: StageSpec, inputs: Buffers, outputs: Buffers) -> None:
             dtype, shape = dtype_name(buffer), tuple(buffer.shape)
             if dtype != tensor.dtype or len(shape) != len(tensor.shape) or not _fits(tensor.shape, shape, sizes):
                 raise ValueError(f"stage {spec.name}: expected {tensor.describe()}, found {dtype} {list(shape)}")
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element; NumPy has no bfloat16."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
 def dtype_name(buffer: Buffer) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from factorportrait.engines.base import Buffer, Buffers, Engine, Mirrored, Runner, allocate, slots
+from factorportrait.engines.base import Buffer, Buffers, Engine, Mirrored, Runner, allocate, itemsize, slots
 from factorportrait.errors import UserError
 
 KINDS = ("auto", "inplace", "concat")
@@ -57,7 +57,7 @@ class _Cache:
             {tensor.name.partition("_")[2]: engine.zeros((1, num_slots, tokens, dim), tensor.dtype) for tensor in tensors}
             for _ in range(num_sets)
         ]
-        self.nbytes = num_sets * num_slots * tokens * dim * sum(np.dtype(tensor.dtype).itemsize for tensor in tensors)
+        self.nbytes = num_sets * num_slots * tokens * dim * sum(itemsize(tensor.dtype) for tensor in tensors)
         self._integers: dict[tuple[str, int], Mirrored] = {}
 
     def _fill(self, name: str, values: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from factorportrait.bundle import PRECISIONS
 from factorportrait.command import run_command
 from factorportrait.errors import UserError
+from factorportrait.runtime.cache import KINDS
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, demo_bundle_is_current, shipped_inputs
 
 
@@ -69,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
     generation.add_argument("--chunk", type=int, help="latent frames generated together (stream)")
     generation.add_argument("--window", type=int, help="latent frames that a chunk sees, itself included (stream)")
     machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--engine", default="auto", metavar="NAME",
+        help="auto (default), tensorrt, onnxruntime-cuda, onnxruntime-cpu or torch; fp-run doctor tells which run here",
+    )  # fmt: skip
+    machine.add_argument("--cache", choices=KINDS, default="auto", help="how keys and values are kept (default auto)")
+    machine.add_argument("--checkpoint", type=Path, help="the bundle's checkpoint, for --engine torch (default: the demo's)")
+    machine.add_argument("--device", help="of --engine torch, such as cpu or cuda:0 (default: the GPU if there is one)")
     machine.add_argument("--threads", type=int, help="of one operator (default: every core)")
     machine.add_argument("--eager", action="store_true", help="plain calls instead of bound buffers; the same pictures")
     machine.add_argument("--no-verify", action="store_true", help="do not compare the digests of the bundle's files")
@@ -101,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = Bundle(bundle_path)
     config = bundle.config
     options = SessionOptions(
-        arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window
+        arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window, arguments.cache
     )
     options.resolve(config)
     portrait = load_portrait(
@@ -119,8 +127,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for note in driving.notes:
         print(f"fp-run: {note}")
-    opened = open_bundle(bundle_path, threads=arguments.threads, eager=arguments.eager, verify=not arguments.no_verify)
+    opened = open_bundle(
+        bundle_path, engine=arguments.engine, threads=arguments.threads, eager=arguments.eager, verify=not arguments.no_verify,
+        checkpoint=arguments.checkpoint, device=arguments.device, notice=lambda line: print(f"fp-run: {line}", file=sys.stderr),
+    )  # fmt: skip
     session = opened.session(options)
+    logging.info("engine %s (%s)", opened.engine.name, opened.engine_reason)
+    logging.info("cache %s (%s)", session.cache, session.cache_reason)
     if driving.num_frames is not None:
         session.check_length(driving.num_frames)
     session.set_reference(portrait)
@@ -225,10 +238,14 @@ def figures(session, opened, writer, driving, wall_s: float) -> dict:
         **timings.summary(),
         "load_ms": round(1000 * opened.load_s, 1),
         "wall_ms": round(1000 * wall_s, 1),
+        "kv_cache": session.cache,
+        "kv_cache_reason": session.cache_reason,
         "kv_cache_bytes": session.cache_bytes,
         "peak_memory_bytes": peak_memory_bytes(),
         "engine": opened.engine.name,
-        "threads": opened.engine.threads,
+        "engine_reason": opened.engine_reason,
+        "device": opened.engine.device,
+        "threads": getattr(opened.engine, "threads", None),
         "precision": opened.bundle.manifest.precision,
     }
 

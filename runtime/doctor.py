@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from factorportrait.bundle import MANIFEST
+from factorportrait.engines.choose import NAMES, obstacle
+from factorportrait.engines.tensorrt.machine import find_gpu
 from factorportrait.errors import UserError
 from factorportrait.shipped import default_bundle_path, shipped_checkpoint
 
@@ -39,7 +39,6 @@ def extra(name: str) -> str:
 
 def findings() -> list[Finding]:
     """Look at the machine."""
-    later = "not used by this version yet"
     return [
         _machine(),
         _package("onnxruntime", "run bundles", "pip install onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
@@ -53,9 +52,9 @@ def findings() -> list[Finding]:
         _checkpoint(),
         _bundle(),
         _gpu(),
-        _cuda_provider(later),
-        _package("tensorrt", f"TensorRT plans, {later}", extra("tensorrt"), ("tensorrt-cu13", "tensorrt")),
-        _package("cuda", f"CUDA graphs, {later}", extra("tensorrt"), ("cuda-python",)),
+        _package("tensorrt", "TensorRT plans", extra("tensorrt"), ("tensorrt-cu13", "tensorrt")),
+        _package("cuda", "memory and graphs of the GPU", extra("tensorrt"), ("cuda-python",)),
+        *(_engine(name) for name in NAMES),
         _program("ffprobe", "looking into videos by hand", "apt-get install ffmpeg"),
     ]
 
@@ -128,32 +127,19 @@ def _bundle() -> Finding:
 def _gpu() -> Finding:
     purpose = "NVIDIA GPU; without one bundles run on the CPU"
     action = "nothing to do on a machine without a GPU; else install NVIDIA's driver and look at nvidia-smi"
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return Finding("NVIDIA GPU", False, "no driver; bundles run on the CPU", purpose, action)
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return Finding("NVIDIA GPU", False, "a driver, but no GPU that it can use", purpose, action)
-    name = ctypes.create_string_buffer(128)
-    driver.cuDeviceGetName(name, 128, 0)
-    return Finding("NVIDIA GPU", True, f"{count.value} x {name.value.decode()}", purpose)
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        return Finding("NVIDIA GPU", False, f"{gpu}; bundles run on the CPU", purpose, action)
+    return Finding("NVIDIA GPU", True, f"{gpu.name}, compute capability {gpu.sm}", purpose)
 
 
-def _cuda_provider(later: str) -> Finding:
-    purpose = f"ONNX Runtime on the GPU, {later}"
-    try:
-        import onnxruntime
-    except ImportError as error:
-        return Finding(
-            "CUDA provider",
-            False,
-            f"onnxruntime does not load: {error}",
-            purpose,
-            "pip install --force-reinstall onnxruntime",
-        )
-    present = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    return Finding("CUDA provider", present, purpose if present else "", purpose, extra("gpu"))
+def _engine(name: str) -> Finding:
+    purpose = f"fp-run --engine {name}"
+    against = obstacle(name)
+    if against is None:
+        return Finding(f"engine {name}", True, purpose, purpose)
+    detail = f"it needs {against.expected}, found: {against.found}"
+    return Finding(f"engine {name}", False, detail, purpose, against.action)
 
 
 def _program(name: str, purpose: str, action: str) -> Finding:

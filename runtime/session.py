@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from factorportrait.bundle import Bundle
 from factorportrait.engines.base import Engine
-from factorportrait.engines.ort import OrtEngine
+from factorportrait.engines.choose import open_engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.cache import choose_cache
@@ -85,24 +85,35 @@ class SessionOptions:
 
 
 def open_bundle(
-    path: str | Path, *, threads: int | None = None, eager: bool = False, verify: bool = True
+    path: str | Path,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    eager: bool = False,
+    verify: bool = True,
+    checkpoint: str | Path | None = None,
+    device: str | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> OpenBundle:
-    """Open a bundle and load its graphs into ONNX Runtime on the CPU.
+    """Open a bundle and load its graphs.
 
     Args:
         path: folder made by fp-export.
-        threads: of one operator; None lets ONNX Runtime take every core.
-        eager: plain calls that allocate every result, instead of bound buffers; the same numbers, slower.
+        engine: of `factorportrait.engines.choose.NAMES`; None takes the best one that runs the bundle here.
+        threads: of one operator on the CPU; None lets the engine take every core.
+        eager: plain calls instead of bound buffers and CUDA graphs; the same numbers, slower.
         verify: read all files first and compare their digests.
+        checkpoint, device: for the engine torch: the folder that the bundle was exported from, and where to run it.
+        notice: is given lines for the user, such as that TensorRT builds a plan.
 
     Raises:
         BundleError: missing, damaged or newer than this program.
+        UserError: the engine cannot run here.
     """
     start = time.perf_counter()
     bundle = Bundle(path)
     if verify:
         bundle.verify()
-    engine = OrtEngine(bundle, threads=threads, eager=eager)
     if any(spec.name.startswith("text_k.") for spec in bundle.stage("dit").inputs):
         raise UserError(
             f"bundle {bundle.path}",
@@ -110,16 +121,19 @@ def open_bundle(
             found="one with it",
             action="export a checkpoint without dit.text_dim: this version runs no text",
         )
+    loaded, reason = open_engine(
+        bundle, engine, threads=threads, eager=eager, checkpoint=checkpoint, device=device, notice=notice
+    )
     for name in STAGES:
-        engine.load(name)
-    return OpenBundle(bundle, engine, load_s=time.perf_counter() - start)
+        loaded.load(name)
+    return OpenBundle(bundle, loaded, load_s=time.perf_counter() - start, engine_reason=reason)
 
 
 class OpenBundle:
-    """A bundle with its graphs loaded; sessions share them."""
+    """A bundle with its graphs loaded; sessions share them. `engine_reason` says in words why it is this engine."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, load_s: float = 0.0):
-        self.bundle, self.engine, self.load_s = bundle, engine, load_s
+    def __init__(self, bundle: Bundle, engine: Engine, load_s: float = 0.0, engine_reason: str = "given"):
+        self.bundle, self.engine, self.load_s, self.engine_reason = bundle, engine, load_s, engine_reason
 
     @property
     def config(self) -> ModelConfig:
@@ -152,7 +166,7 @@ class Session:
         schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
         noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))
         neutral_code = opened.bundle.constants()["neutral_code"]
-        clip, in_place = options.mode == "clip", False
+        clip, in_place, self.cache_reason = options.mode == "clip", False, "clip mode keeps nothing"
         if not clip:
             in_place, self.cache_reason = choose_cache(
                 options.cache, engine_in_place=engine.in_place, stages=stages,
@@ -168,6 +182,11 @@ class Session:
         )
         self._decoder = StreamingVAE(engine, "decode")
         self._restart()
+
+    @property
+    def cache(self) -> str:
+        """ "inplace" or "concat"; `cache_reason` says why."""
+        return "inplace" if self._denoiser.cache.stage == "dit_inplace" else "concat"
 
     @property
     def cache_bytes(self) -> int:

@@ -1,0 +1,104 @@
+"""ONNX Runtime on an NVIDIA GPU: buffers lie on the device, and stages are bound to them.
+
+ONNX Runtime computes on the stream on which buffers are copied, so that nothing but a copy to the host ever waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from factorportrait.bundle import Bundle, StageSpec
+from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers
+from factorportrait.engines.ort import open_session, session_options
+from factorportrait.engines.tensorrt.cuda import Device
+from factorportrait.errors import UserError
+
+PROVIDER = "CUDAExecutionProvider"
+
+
+class OrtCudaRunner:
+    """One graph on the GPU. With CUDA graphs, ONNX Runtime captures each bound call after its first runs and then replays it."""
+
+    def __init__(self, spec: StageSpec, path: Path, cuda: Device, graph_ids: Iterable[int] | None):
+        self.spec, self._graph_ids = spec, graph_ids
+        options = {"device_id": 0, "user_compute_stream": str(cuda.stream), "enable_cuda_graph": "0" if graph_ids is None else "1"}
+        providers = [(PROVIDER, options), "CPUExecutionProvider"]
+        self._session = open_session(spec, path, session_options(None), providers)
+        # ONNX Runtime logs a provider that does not start and goes on with the next one.
+        if self._session.get_providers()[0] != PROVIDER:
+            raise UserError(
+                "--engine onnxruntime-cuda", expected=f"{PROVIDER} to start",
+                found="an onnxruntime that went on without it: its CUDA or cuDNN libraries do not load",
+                action="install the versions that onnxruntime-gpu asks for, or use --engine onnxruntime-cpu",
+            )  # fmt: skip
+        self._session.disable_fallback()
+
+    def bind(self, inputs: Buffers, outputs: Buffers) -> Call:
+        """See `factorportrait.engines.base.Runner.bind`."""
+        check_buffers(self.spec, inputs, outputs)
+        session, binding, options = self._session, self._session.io_binding(), onnxruntime.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self._graph_ids is not None:
+            # A captured graph has fixed addresses, so every bound call has one of its own.
+            options.add_run_config_entry("gpu_graph_id", str(next(iter(self._graph_ids))))
+        for name, array in inputs.items():
+            binding.bind_input(name, "cuda", 0, np.dtype(array.dtype).type, array.shape, array.address)
+        for name, array in outputs.items():
+            binding.bind_output(name, "cuda", 0, np.dtype(array.dtype).type, array.shape, array.address)
+
+        def call(_memory=(dict(inputs), dict(outputs))) -> None:
+            session.run_with_iobinding(binding, options)
+
+        return call
+
+
+class OrtCudaEngine:
+    """See `factorportrait.engines.base.Engine`.
+
+    Args:
+        graphs: have ONNX Runtime capture CUDA graphs. It refuses graphs with nodes that it leaves to the CPU.
+
+    Raises:
+        UserError: cuda-python is not installed.
+    """
+
+    name, target, device, in_place = "onnxruntime-cuda", "cuda", "cuda:0", True
+    threads = None
+
+    def __init__(self, bundle: Bundle, *, graphs: bool = False):
+        self.bundle, self.cuda = bundle, Device()
+        self._graph_ids = itertools.count(1) if graphs else None
+        self._runners: dict[str, OrtCudaRunner] = {}
+
+    def load(self, name: str) -> OrtCudaRunner:
+        """See `factorportrait.engines.base.Engine`.
+
+        Raises:
+            UserError: ONNX Runtime runs no graph on the GPU here.
+        """
+        if name not in self._runners:
+            spec = self.bundle.stage(name, self.target)
+            self._runners[name] = OrtCudaRunner(spec, self.bundle.file(spec.file), self.cuda, self._graph_ids)
+        return self._runners[name]
+
+    def zeros(self, shape: Iterable[int], dtype: str) -> DeviceArray:
+        """See `factorportrait.engines.base.Engine`."""
+        return self.cuda.zeros(shape, dtype)
+
+    def view(self, buffer: DeviceArray, shape: tuple[int, ...], start: int = 0) -> DeviceArray:
+        """See `factorportrait.engines.base.Engine`."""
+        return buffer.view(shape, start)
+
+    def mirror(self, buffer: DeviceArray) -> np.ndarray:
+        """See `factorportrait.engines.base.Engine`."""
+        return self.cuda.pinned(buffer.shape, buffer.dtype)
+
+    def copy(self, source: DeviceArray | np.ndarray, target: DeviceArray | np.ndarray) -> None:
+        """See `factorportrait.engines.base.Engine`."""
+        if source is not target:
+            self.cuda.copy(source, target)
