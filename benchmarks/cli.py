@@ -67,6 +67,7 @@ def add_quality(commands) -> None:
     command.add_argument("--steps", help="denoising steps to compare, such as 1,2,4,8,50 (default: the bundle's own)")
     command.add_argument("--modes", default="frontal,novel,orbit,all", help="kinds of clips, in turn (default: all four)")
     command.add_argument("--generation", choices=("stream", "clip"), help="default: stream where the checkpoint allows it")
+    command.add_argument("--window", type=int, help="latent frames that a chunk of a stream sees (default: the checkpoint's)")
     command.add_argument("--stream", type=int, default=0, metavar="N", help="also one stream of N frames, for drift and seams")
     command.add_argument("--seed", type=int, default=0, help="of people, motions and noise")
     command.add_argument("--data", type=Path, help="shards of the test split, instead of rendering people now")
@@ -150,7 +151,7 @@ def settings_from(options: argparse.Namespace):
             )  # fmt: skip
     return Settings(
         identities, frames, parse_steps(options.steps), modes, options.seed, options.generation, options.stream,
-        1 if options.quick else 2, options.data, options.threads,
+        1 if options.quick else 2, options.data, options.threads, options.window,
     )  # fmt: skip
 
 

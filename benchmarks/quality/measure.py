@@ -62,6 +62,7 @@ class Settings:
     action_people: int = 2
     data: Path | None = None
     threads: int | None = None
+    window: int | None = None
 
 
 @dataclass
@@ -90,7 +91,8 @@ class Bench:
         own = self.config.generation.denoising_steps
         self.steps = settings.steps or (own,)
         self.primary_steps = own if own in self.steps else self.steps[0]
-        self.generation = opened.session(mode=settings.generation).options.mode
+        options = opened.session(mode=settings.generation, window_frames=settings.window).options
+        self.generation, self.window = options.mode, options.window_frames
 
     def generate(
         self, portrait: np.ndarray, expression: np.ndarray, normals: np.ndarray, motion: Motion, index: int,
@@ -100,6 +102,7 @@ class Bench:
         return drive(
             self.opened, portrait, expression, normals, motion,
             steps=steps or self.primary_steps, guidance=guidance, mode=mode or self.generation,
+            window_frames=self.window,
             seed=1000 * self.settings.seed + index,
         )  # fmt: skip
 
@@ -389,7 +392,7 @@ def measure(
             "identities": settings.identities, "frames": settings.frames, "steps": list(bench.steps),
             "primary_steps": bench.primary_steps, "modes": list(settings.modes), "seed": settings.seed,
             "generation": bench.generation, "chunk_frames": opened.config.generation.chunk_frames,
-            "window_frames": opened.config.generation.window_frames,
+            "window_frames": bench.window,
             "clips": "rendered" if settings.data is None else "shards of the test split",
             "expression": "pictures through the bundle's expression encoder",
         },
