@@ -1,0 +1,88 @@
+"""The PyTorch engine runs whole sessions like ONNX Runtime does, from the same loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+from engine_sessions import latents_and_pictures
+
+from factorportrait.bundle import Bundle
+from factorportrait.engines.ort import OrtEngine
+from factorportrait.engines.pytorch import TorchEngine, find_checkpoint
+from factorportrait.errors import UserError
+from factorportrait.runtime.session import OpenBundle, open_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle):
+    return Bundle(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def by_ort(bundle):
+    return OpenBundle(bundle, OrtEngine(bundle, threads=1))
+
+
+@pytest.fixture(scope="module")
+def by_torch(bundle, tiny_checkpoint):
+    return OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "clip", "guidance": "1.5"},
+        {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "cache": "inplace"},
+        {"mode": "stream", "chunk_frames": 2, "window_frames": 5, "cache": "concat"},
+    ],
+)
+def test_sessions_equal_onnx_runtime(by_ort, by_torch, options):
+    """Stream past the wrap of the ring with both caches, and a clip with guidance."""
+    (latents, pictures), (expected, expected_pictures) = (
+        latents_and_pictures(opened, 29, steps=2, seed=3, **options) for opened in (by_torch, by_ort)
+    )
+    assert np.abs(latents - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(pictures.astype(int) - expected_pictures).max() <= 1
+
+
+def test_the_cache_is_updated_in_place(by_torch, monkeypatch):
+    """torch writes into the memory that it is given: no output of the cache is copied."""
+    session, tensor = by_torch.session(mode="stream", chunk_frames=2, window_frames=4), by_torch.engine.torch.Tensor
+    memory = session._denoiser.cache._memory[0]
+    addresses, copied, copy = {name: buffer.data_ptr() for name, buffer in memory.items()}, [], tensor.copy_
+
+    def watched(target, source):
+        copied.append(target.data_ptr())
+        return copy(target, source)
+
+    monkeypatch.setattr(tensor, "copy_", watched)
+    latents_and_pictures(by_torch, 13, session=session)
+    assert session.cache == "inplace" and copied and not set(copied) & set(addresses.values())
+    assert {name: buffer.data_ptr() for name, buffer in memory.items()} == addresses
+    assert all(buffer.any() for buffer in memory.values())
+
+
+def test_another_checkpoint_is_refused(bundle, tiny_checkpoint, tmp_path):
+    assert find_checkpoint(bundle, tiny_checkpoint) == tiny_checkpoint
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    config = other / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"tiny"', '"small"'), encoding="utf-8")
+    with pytest.raises(UserError, match="other files; name its folder with --checkpoint"):
+        find_checkpoint(bundle, other)
+    with pytest.raises(UserError, match="the one that .* was exported from"):
+        find_checkpoint(bundle, None)  # the shipped one
+
+
+def test_what_torch_cannot_run_is_refused(bundle, tiny_checkpoint, tiny_bundle):
+    with pytest.raises(UserError, match="--device cuda:7; expected a device that torch can use"):
+        open_bundle(tiny_bundle, engine="torch", checkpoint=tiny_checkpoint, device="cuda:7")
+    quantised = Bundle(tiny_bundle)
+    quantised.manifest = dataclasses.replace(quantised.manifest, precision="int8")
+    with pytest.raises(UserError, match="found int8"):
+        TorchEngine(quantised, tiny_checkpoint, device="cpu")
+    with pytest.raises(UserError, match="dtype; expected float32"):
+        TorchEngine(bundle, tiny_checkpoint, device="cpu", dtype="int4")
