@@ -9,9 +9,11 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from factorportrait.bundle import (
     MANIFEST,
     NEUTRAL_CODE,
     PRECISIONS,
+    TARGETS,
     Bundle,
     FileEntry,
     Manifest,
@@ -30,10 +33,20 @@ from factorportrait.checkpoint_files import HEAD, checkpoint_digests
 from factorportrait.errors import BundleError, CheckpointError, UserError
 from factorportrait.files import sha256_file, whole_folder
 
+if TYPE_CHECKING:
+    from factorportrait.export.models.factorportrait import FactorPortrait
+
 # The packages that decide the bytes of a graph.
 WRITERS = ("torch", "onnx", "onnxscript", "onnx-ir")
 # The parts of factorportrait that do, export/ aside.
 CONTRACT = ("arkit.py", "bundle.py", "config.py", "model_config.py")
+# Parts of export/ that do not: the command lines.
+NOT_SOURCES = ("cli.py", "plan_cli.py")
+# What `fp-export --precision` offers: every target that it has graphs for, and those that get one unless some are named.
+OFFERED = {"fp32": TARGETS, "fp16": TARGETS}
+# TensorRT's graphs of the transformer are exported apart, which nobody in a hurry for fp32 waits for.
+DEFAULT_TARGETS = {"fp32": ("cpu", "cuda")}
+NOTES = {("fp16", "cpu"): "half the size and no faster: ONNX Runtime's CPU kernels compute most operators in fp32"}
 INSTALL_HINT = 'install the exporter: pip install "factorportrait[export]" (in a checkout: pip install -e ".[export]")'
 
 
@@ -52,7 +65,8 @@ class BuildReport:
     """What an export did.
 
     Attributes:
-        checks: per stage `max_abs`, `max_relative` and `num_cases`.
+        checks: per graph `max_abs`, `max_relative`, `angle`, `num_cases` and, where there is fp16, `headroom`.
+        target_bytes: what each target loads.
         up_to_date: nothing had changed, so nothing was done.
     """
 
@@ -61,15 +75,29 @@ class BuildReport:
     up_to_date: bool
     total_bytes: int
     seconds: float
+    target_bytes: Mapping[str, int] = field(default_factory=dict)
     checks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """For --json."""
         return {
             "bundle": str(self.path), "precision": self.precision, "up_to_date": self.up_to_date,
-            "bytes": self.total_bytes, "seconds": round(self.seconds, 3),
+            "bytes": self.total_bytes, "target_bytes": dict(self.target_bytes), "seconds": round(self.seconds, 3),
             "stages": {name: dict(check) for name, check in self.checks.items()},
         }  # fmt: skip
+
+
+class GraphsRefused(UserError):
+    """Graphs are worse than their precision may be.
+
+    Attributes:
+        checks: of all graphs, those that passed included.
+        refused: names among them.
+    """
+
+    def __init__(self, what: str, *, checks: Mapping[str, Mapping[str, float]], refused: tuple[str, ...], **words: str):
+        super().__init__(what, **words)
+        self.checks, self.refused = checks, refused
 
 
 def build_bundle(
@@ -77,8 +105,9 @@ def build_bundle(
     output: str | Path,
     *,
     precision: str = "fp32",
+    targets: tuple[str, ...] | None = None,
     force: bool = False,
-    external: bool | None = None,
+    external: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> BuildReport:
     """Export every stage of a checkpoint, check it against torch, and write the bundle when all of it is right.
@@ -86,56 +115,44 @@ def build_bundle(
     Args:
         checkpoint: folder, see `checkpoint.py`.
         output: the bundle's folder; an older bundle there is replaced at the end.
-        precision: fp32; the others come later.
+        precision: a key of `OFFERED`.
+        targets: who will run it; None for `DEFAULT_TARGETS`, or everyone that the precision has graphs for.
         force: export though nothing changed.
-        external: keep weights in a second file per graph; None for graphs that need it.
+        external: keep all weights in files of their own, not only those that are shared or do not fit.
         on_progress: called before each step.
 
     Raises:
-        UserError: the checkpoint does not load, a graph differs from torch, or the output cannot be written.
+        GraphsRefused: a graph is further from torch than its precision may be, or overflows.
+        UserError: the checkpoint does not load, or the output cannot be written.
     """
     started = time.perf_counter()
     checkpoint, output = Path(checkpoint), Path(output)
-    check_precision(precision)
+    targets = check_precision(precision, targets)
     _check_output(output)
     for package in (*WRITERS, "safetensors"):
         _version(package)
     files = checkpoint_digests(checkpoint)
-    options = {"precision": precision, "external": external}
+    options = {"precision": precision, "targets": targets, "external": external}
     versions = {name: _version(name) for name in WRITERS}
     key = _digest({"checkpoint": files, "options": options, "sources": _source_digests(), "versions": versions})
     if not force and (old := _bundle_with(output, key)) is not None:
-        checks = {name: stage.check for name, stage in old.manifest.stages.items()}
-        return BuildReport(output, precision, True, old.total_bytes(), time.perf_counter() - started, checks)
+        return _report(old, True, started)
 
     _check_head(checkpoint / HEAD)
     # Late: an up-to-date bundle needs no torch.
-    from factorportrait.export.check import Cases, check_graph, threshold
     from factorportrait.export.checkpoint import load_checkpoint
-    from factorportrait.export.graphs import OPSET, export_stage, tensor_specs, write_graph
-    from factorportrait.export.stages import stages_of
+    from factorportrait.export.stages import OPSET
 
     on_progress(Progress(0, 1, "", "load"))
     model = load_checkpoint(checkpoint)
-    stages, cases = stages_of(model), Cases(model)
-    specs: dict[str, StageSpec] = {}
-    num_steps = 2 * len(stages)
     with whole_folder(output) as folder:
-        for i, stage in enumerate(stages):
-            on_progress(Progress(2 * i, num_steps, stage.name, "export"))
-            graph = export_stage(stage)
-            file, *data = write_graph(graph, folder, stage.name, external=external)
-            inputs, outputs = tensor_specs(graph.graph.inputs), tensor_specs(graph.graph.outputs)
-            del graph
-            on_progress(Progress(2 * i + 1, num_steps, stage.name, "check"))
-            check = check_graph(folder / file, stage, outputs, cases.of(stage), threshold(precision))
-            specs[stage.name] = StageSpec(stage.name, file, inputs, outputs, check.to_dict(), tuple(data))
+        stages, variants = _write_graphs(model, folder, precision, targets, external, on_progress)
         neutral_code = model.expression["controller"].neutral_code
         write_arrays(folder / CONSTANTS, {NEUTRAL_CODE: neutral_code.numpy()})
         if (checkpoint / HEAD).is_file():
             shutil.copyfile(checkpoint / HEAD, folder / HEAD)
         manifest = Manifest(
-            config=model.config, precision=precision, stages=specs, source_key=key, targets=("cpu", "cuda"),
+            config=model.config, precision=precision, stages=stages, targets=targets, variants=variants, source_key=key,
             files={
                 path.name: FileEntry(sha256_file(path), path.stat().st_size) for path in sorted(folder.iterdir())
             },
@@ -145,17 +162,104 @@ def build_bundle(
             },
         )  # fmt: skip
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    total_bytes = Bundle(output).total_bytes()
-    checks = {name: spec.check for name, spec in specs.items()}
-    return BuildReport(output, precision, False, total_bytes, time.perf_counter() - started, checks)
+    return _report(Bundle(output), False, started)
 
 
-def check_precision(precision: str) -> None:
-    """Raises UserError unless an export in this precision exists."""
-    if precision == "fp32":
-        return
-    found = f"{precision}, which is not available yet" if precision in PRECISIONS else repr(precision)
-    raise UserError("--precision", expected="fp32", found=found, action="run again with --precision fp32")
+def _write_graphs(
+    model: FactorPortrait,
+    folder: Path,
+    precision: str,
+    targets: tuple[str, ...],
+    external: bool,
+    on_progress: Callable[[Progress], None],
+) -> tuple[dict[str, StageSpec], dict[str, dict[str, StageSpec]]]:
+    """Export every stage into `folder` and check it: the manifest's `stages` and `variants`.
+
+    Raises:
+        GraphsRefused: a graph is worse than its precision may be; all have been looked at.
+    """
+    from factorportrait.export.check import Cases, check_variant, threshold
+    from factorportrait.export.graphs import INLINE_LIMIT_BYTES, WeightFiles, tensor_specs, weight_bytes, write_graph
+    from factorportrait.export.stages import stages_of
+    from factorportrait.export.variants import FAMILIES, Context, graph_variants
+
+    exported, cases, context, limit = stages_of(model), Cases(model), Context(model), threshold(precision)
+    family = {stage.name: FAMILIES.get(stage.name, stage.name) for stage in exported}
+    members, weights = Counter(family.values()), {name: WeightFiles(folder, name) for name in family.values()}
+    stages: dict[str, StageSpec] = {}
+    own: dict[str, dict[str, StageSpec]] = {}
+    checks, objections = {}, {}
+    for i, stage in enumerate(exported):
+        on_progress(Progress(2 * i, 2 * len(exported), stage.name, "export"))
+        variants = graph_variants(stage, precision, targets, context)
+        on_progress(Progress(2 * i + 1, 2 * len(exported), stage.name, "check"))
+        shared = external or members[family[stage.name]] > 1 or len(variants) > 1
+        for variant in variants:
+            name = f"{stage.name}.{'-'.join(variant.targets)}" if stage.name in stages else stage.name
+            beside = shared or weight_bytes(variant.graph) > INLINE_LIMIT_BYTES
+            inputs, outputs = tensor_specs(variant.graph.graph.inputs), tensor_specs(variant.graph.graph.outputs)
+            file, *data = write_graph(variant.graph, folder, name, weights[family[stage.name]] if beside else None)
+            check = check_variant(folder / file, variant, outputs, cases, limit)
+            checks[name] = check.to_dict()
+            if objection := check.objection(limit):
+                objections[name] = objection
+            spec = StageSpec(stage.name, file, inputs, outputs, checks[name], tuple(data))
+            if stage.name not in stages:
+                stages[stage.name] = spec
+            else:
+                for target in variant.targets:
+                    own.setdefault(target, {})[stage.name] = spec
+    if objections:
+        name, (expected, found) = next(iter(objections.items()))
+        more = f" (and {len(objections) - 1} more graphs)" if len(objections) > 1 else ""
+        raise GraphsRefused(
+            f"stage {name} differs from torch in {precision}{more}", expected=expected, found=found,
+            action="export in a higher precision, or report it with these numbers" if precision != "fp32"
+            else "this is a mistake in the exporter or in ONNX Runtime: report it with these numbers",
+            checks=checks, refused=tuple(objections),
+        )  # fmt: skip
+    return stages, own
+
+
+def _report(bundle: Bundle, up_to_date: bool, started: float) -> BuildReport:
+    manifest = bundle.manifest
+    specs = (*manifest.stages.values(), *(spec for stages in manifest.variants.values() for spec in stages.values()))
+    return BuildReport(
+        bundle.path, manifest.precision, up_to_date, bundle.total_bytes(), time.perf_counter() - started,
+        {target: manifest.target_bytes(target) for target in manifest.targets},
+        {spec.file.removesuffix(".onnx"): spec.check for spec in specs},
+    )  # fmt: skip
+
+
+def check_precision(precision: str, targets: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The targets of an export, in the order of `TARGETS`.
+
+    Args:
+        targets: those that are asked for, ("all",) among the possible; None for the default.
+
+    Raises:
+        UserError: there is no such precision, or it has no graph for a target.
+    """
+    if precision not in OFFERED:
+        found = f"{precision}, which is not available yet" if precision in PRECISIONS else repr(precision)
+        raise UserError(
+            "--precision", expected=" or ".join(OFFERED), found=found, action="run again with --precision fp32"
+        )
+    possible = OFFERED[precision]
+    if targets == ("all",):
+        return possible
+    for target in targets or ():
+        if target not in possible:
+            raise UserError(
+                f"--target with --precision {precision}", expected=f"some of {', '.join(possible)}", found=target or "nothing",
+                action="name targets with commas between them, or all",
+            )  # fmt: skip
+    return tuple(target for target in TARGETS if target in (targets or DEFAULT_TARGETS.get(precision, possible)))
+
+
+def precision_notes(precision: str, targets: Iterable[str]) -> list[str]:
+    """What a user should know about a precision on these targets, one line each."""
+    return [f"{precision} on {target}: {NOTES[precision, target]}" for target in targets if (precision, target) in NOTES]
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -204,7 +308,7 @@ def _source_digests() -> dict[str, str]:
     export, package = Path(__file__).parent, Path(factorportrait.bundle.__file__).parent
     files = {str(path.relative_to(export)): path for path in export.rglob("*") if path.suffix in (".py", ".toml")}
     files |= {f"factorportrait/{name}": package / name for name in CONTRACT}
-    return {name: sha256_file(path) for name, path in sorted(files.items()) if name != "cli.py"}
+    return {name: sha256_file(path) for name, path in sorted(files.items()) if name not in NOT_SOURCES}
 
 
 def _version(package: str) -> str:

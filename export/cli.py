@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from factorportrait.bundle import Bundle, Manifest
+from factorportrait.bundle import TARGETS, Bundle, Manifest
 from factorportrait.command import run_command
 from factorportrait.export import build, plan_cli
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, is_shipped_checkpoint, shipped_checkpoint
@@ -48,7 +49,14 @@ def _export_parser() -> argparse.ArgumentParser:
         "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT",
         help="folder with config.json and safetensors files (default: the shipped demo)",
     )  # fmt: skip
-    parser.add_argument("--precision", default="fp32", help="fp32 (default); fp16 and int8 are not available yet")
+    parser.add_argument(
+        "--precision", default="fp32",
+        help=f"{' or '.join(build.OFFERED)} (default: fp32); fp16 is for GPUs, on a CPU it is smaller but no faster",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", metavar="TARGETS",
+        help=f"who will run it, with commas: {', '.join(TARGETS)}, or all (default: all, for fp32 cpu,cuda)",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="BUNDLE", help="folder of the bundle (default: a folder of the user's cache)"
     )
@@ -66,7 +74,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
-    build.check_precision(options.precision)
+    targets = build.check_precision(options.precision, None if options.target is None else tuple(options.target.split(",")))
     checkpoint = options.checkpoint or shipped_checkpoint()
     output = options.output or _default_output(options.checkpoint, options.precision)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -77,9 +85,15 @@ def _export(options: argparse.Namespace) -> int:
             description = f"{progress.what:6} {progress.stage}".rstrip()
             bar.update(task, description=description, completed=progress.step, total=progress.num_steps)
 
-        report = build.build_bundle(
-            checkpoint, output, precision=options.precision, force=options.force, on_progress=show
-        )
+        try:
+            report = build.build_bundle(
+                checkpoint, output, precision=options.precision, targets=targets, force=options.force, on_progress=show
+            )
+        except build.GraphsRefused as error:
+            bar.stop()
+            if not options.json:
+                Console().print(_check_table(error.checks, error.refused))
+            raise
     if options.json:
         print(json.dumps(report.to_dict()))
         return 0
@@ -87,12 +101,19 @@ def _export(options: argparse.Namespace) -> int:
     if report.up_to_date:
         console.print(f"{report.path}: up to date, nothing done (--force exports again)", soft_wrap=True, markup=False)
         return 0
-    console.print(_check_table(report))
-    size = _megabytes(report.total_bytes)
-    console.print(
-        f"{report.path}: {len(report.checks)} graphs, {size}, {report.seconds:.1f} s", soft_wrap=True, markup=False
-    )
+    console.print(_check_table(report.checks))
+    lines = [
+        f"{report.path}: {len(report.checks)} graphs, {_megabytes(report.total_bytes)}, {report.seconds:.1f} s",
+        _target_sizes(report.target_bytes),
+        *build.precision_notes(report.precision, report.target_bytes),
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
     return 0
+
+
+def _target_sizes(target_bytes: Mapping[str, int]) -> str:
+    return "a target loads: " + ", ".join(f"{target} {_megabytes(size)}" for target, size in target_bytes.items())
 
 
 def _default_output(checkpoint: Path | None, precision: str) -> Path:
@@ -101,13 +122,20 @@ def _default_output(checkpoint: Path | None, precision: str) -> Path:
     return default_bundle_path(checkpoint.resolve().name, precision, checkpoint)
 
 
-def _check_table(report: build.BuildReport) -> Table:
-    table = Table(title="ONNX Runtime against torch, largest errors", title_justify="left")
-    table.add_column("stage")
-    for column in ("inputs tried", "absolute", "relative"):
+def _check_table(checks: Mapping[str, Mapping[str, float]], refused: tuple[str, ...] = ()) -> Table:
+    table = Table(title="ONNX Runtime against torch in fp32, largest errors", title_justify="left")
+    table.add_column("graph")
+    has_half = any("headroom" in check for check in checks.values())
+    columns = ["inputs tried", "absolute", "relative", "1 - cosine", *(["room in fp16"] if has_half else [])]
+    for column in columns + (["verdict"] if refused else []):
         table.add_column(column, justify="right")
-    for name, check in report.checks.items():
-        table.add_row(name, f"{check['num_cases']:.0f}", f"{check['max_abs']:.1e}", f"{check['max_relative']:.1e}")
+    for name, check in checks.items():
+        cells = [f"{check['num_cases']:.0f}", *(f"{check[key]:.1e}" for key in ("max_abs", "max_relative", "angle"))]
+        if has_half:
+            cells.append(f"{check['headroom']:.3g}x" if "headroom" in check else "")
+        if refused:
+            cells.append("refused" if name in refused else "passed")
+        table.add_row(name, *cells)
     return table
 
 
@@ -116,8 +144,8 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.verify:
         bundle.verify()
     manifest, config = bundle.manifest, bundle.config
+    sizes = {target: manifest.target_bytes(target) for target in manifest.targets}
     if options.json:
-        sizes = {target: manifest.target_bytes(target) for target in manifest.targets}
         known = {"bundle": str(bundle.path), "verified": options.verify, "target_bytes": sizes}
         print(json.dumps(json.loads(manifest.to_json()) | known))
         return 0
@@ -131,7 +159,8 @@ def _inspect(options: argparse.Namespace) -> int:
         f"modes {modes}, chunk {generation.chunk_frames}, window {generation.window_frames}, {generation.denoising_steps} steps",
         f"{len(manifest.files)} files, {_megabytes(bundle.total_bytes())}, digests "
         + ("match" if options.verify else "not read (--verify does)"),
-        "a target loads: " + ", ".join(f"{target} {_megabytes(manifest.target_bytes(target))}" for target in manifest.targets),
+        _target_sizes(sizes),
+        *build.precision_notes(manifest.precision, manifest.targets),
         "made with " + ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("versions", {}).items()),
     ]
     for line in lines:

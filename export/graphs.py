@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -20,8 +21,16 @@ __all__ = ["OPSET", "export_stage", "tensor_specs", "weight_bytes", "write_graph
 INLINE_LIMIT_BYTES = 1_500_000_000
 # Constants are computed at export up to this size; tables and rearranged weights are, nothing that grows with a clip is constant.
 FOLD_LIMIT_BYTES = 512 * 2**20
+# Smaller constants stay in the graph: shape inference needs the sizes among them.
+EXTERNAL_MIN_BYTES = 1024
+# Weights begin at a multiple of this in their file, so that they can be mapped into memory.
+ALIGNMENT_BYTES = 4096
 
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+_TYPE_NAMES = {
+    ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.INT8: "int8", ir.DataType.UINT8: "uint8",
+    ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT64: "int64", ir.DataType.INT32: "int32",
+}  # fmt: skip
 
 
 def export_stage(stage: Stage) -> ir.Model:
@@ -40,6 +49,7 @@ def export_stage(stage: Stage) -> ir.Model:
             model, input_size_limit=FOLD_LIMIT_BYTES, output_size_limit=FOLD_LIMIT_BYTES, onnx_shape_inference=False
         )
     _name_sizes(model, stage)
+    _state_attention_scales(model)
     _clean(model, stage.name)
     found = [value.name for value in model.graph.inputs], [value.name for value in model.graph.outputs]
     if found != (stage.input_names, stage.output_names):
@@ -52,24 +62,43 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values())
 
 
-def write_graph(model: ir.Model, folder: Path, name: str, *, external: bool | None = None) -> list[str]:
-    """Write `name`.onnx, and `name`.onnx.data beside it where the weights do not fit in one file.
+class WeightFiles:
+    """Files of weights in a bundle, one per element type, that several graphs refer to; equal weights are written once."""
 
-    Args:
-        external: force weights into the second file, or into the first one; None decides by size.
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self._places: dict[tuple, tuple[int, int]] = {}
+
+    def place(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        """Write a tensor, unless an equal one is there; what a graph keeps instead of it."""
+        content = tensor.tobytes()
+        file = self.folder / f"{self.name}.{_TYPE_NAMES[tensor.dtype]}.data"
+        key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(content).digest())
+        if key not in self._places:
+            with open(file, "ab") as opened:
+                opened.write(bytes(-opened.tell() % ALIGNMENT_BYTES))
+                self._places[key] = (opened.tell(), len(content))
+                opened.write(content)
+        offset, length = self._places[key]
+        return ir.ExternalTensor(
+            file.name, offset, length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=self.folder
+        )
+
+
+def write_graph(model: ir.Model, folder: Path, name: str, weights: WeightFiles | None = None) -> list[str]:
+    """Write `name`.onnx with its weights inside, or with large ones in `weights`.
 
     Returns:
-        The names of the files.
+        The names of the files that make the graph, itself first.
     """
-    if external is None:
-        external = weight_bytes(model) > INLINE_LIMIT_BYTES
-    file = f"{name}.onnx"
-    if not external:
-        ir.save(model, folder / file)
-        return [file]
-    # Small constants stay inside: shape inference needs the sizes among them.
-    ir.save(model, folder / file, external_data=f"{file}.data", size_threshold_bytes=1024)
-    return [file, f"{file}.data"]
+    file, data = f"{name}.onnx", set()
+    if weights is not None:
+        for value in model.graph.initializers.values():
+            if value.const_value.nbytes >= EXTERNAL_MIN_BYTES:
+                value.const_value = weights.place(value.const_value)
+                data.add(value.const_value.location)
+    ir.save(model, folder / file)
+    return [file, *sorted(data)]
 
 
 def tensor_specs(values: list[ir.Value]) -> tuple[TensorSpec, ...]:
@@ -129,6 +158,14 @@ def _named(size: str, symbols: dict[str, str]) -> str:
     if len(names) != 1:
         raise RuntimeError(f"an output has the size {size}: expected one of {symbols}")
     return names.pop()
+
+
+def _state_attention_scales(model: ir.Model) -> None:
+    """Write down the scale that Attention takes from the width of a head: passes after this one see no shapes."""
+    for node in model.graph:
+        if node.op_type == "Attention" and "scale" not in node.attributes:
+            width = node.inputs[0].shape[-1]
+            node.attributes.add(ir.AttrFloat32("scale", float(width) ** -0.5))
 
 
 def _clean(model: ir.Model, name: str) -> None:

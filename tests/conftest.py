@@ -44,18 +44,26 @@ def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint, tmp_path_factory, request) -> Path:
-    """The fp32 bundle of `tiny_checkpoint`. Read only: copy it to change it.
+    """The fp32 bundle of `tiny_checkpoint` for ONNX Runtime. Read only: copy it to change it."""
+    return kept_bundle(tiny_checkpoint, "fp32", tmp_path_factory, request.config)
 
-    Kept in pytest's cache, so that a second run exports only what changed since.
-    """
+
+@pytest.fixture(scope="session")
+def tiny_fp16_bundle(tiny_checkpoint, tmp_path_factory, request) -> Path:
+    """The fp16 bundle of `tiny_checkpoint` for all targets. Read only: copy it to change it."""
+    return kept_bundle(tiny_checkpoint, "fp16", tmp_path_factory, request.config)
+
+
+def kept_bundle(checkpoint: Path, precision: str, tmp_path_factory, config) -> Path:
+    """Kept in pytest's cache, so that a second run exports only what changed since."""
     from factorportrait.export.build import build_bundle
 
-    cache = getattr(request.config, "cache", None)
+    cache = getattr(config, "cache", None)
     folder = cache.mkdir("factorportrait") if cache else tmp_path_factory.mktemp("kept")
-    path = tmp_path_factory.mktemp("bundle") / "tiny-fp32"
+    path = tmp_path_factory.mktemp("bundle") / f"tiny-{precision}"
     # Two runs at once: the second waits for the first's bundle, and copies it, because a third may replace it.
-    with open(folder / "lock", "w") as lock:
+    with open(folder / f"lock-{precision}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build_bundle(tiny_checkpoint, folder / "tiny-fp32")
-        shutil.copytree(folder / "tiny-fp32", path)
+        build_bundle(checkpoint, folder / f"tiny-{precision}", precision=precision)
+        shutil.copytree(folder / f"tiny-{precision}", path)
     return path

@@ -40,7 +40,7 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     """x [B, H, S, E] with interleaved pairs, rotary [S, E/2, 2] (cosine, sine) -> the same shape, rotated."""
     if torch.onnx.is_in_onnx_export():
         cos, sin = rotary[None, ..., 0], rotary[None, ..., 1]
-        return torch.onnx.ops.rotary_embedding(x, cos, sin, interleaved=True)
+        return torch.onnx.ops.rotary_embedding(x.float(), cos, sin, interleaved=True).to(x.dtype)
     cos, sin = rotary[..., 0], rotary[..., 1]
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
@@ -200,7 +200,8 @@ class Head(nn.Module):
         # x: [B, F, T, D], temb: [B, F, D] -> [B, F, T, C*ph*pw]
         shift, scale = (self.modulation.float() + temb.float().unsqueeze(2)).unsqueeze(3).unbind(2)
         normed = F.layer_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        return self.head((normed * (1 + scale) + shift).to(x.dtype))
+        # The velocity is fp32: the sampler adds it up over the steps.
+        return self.head((normed * (1 + scale) + shift).to(self.head.weight.dtype)).float()
 
 
 class ImageEmbedding(nn.Module):

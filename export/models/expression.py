@@ -43,7 +43,8 @@ class ExpressionEncoder(nn.Module):
         self.code = nn.Linear(widths[-1] * side * side, config.code_dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.code(self.features(image).flatten(1))
+        features = self.features(image.to(self.code.weight.dtype))
+        return self.code(features.flatten(1)).float()
 
 
 class ArkitEncoder(nn.Module):
@@ -60,7 +61,7 @@ class ArkitEncoder(nn.Module):
         )
 
     def forward(self, coefficients: Tensor) -> Tensor:
-        return self.layers(coefficients)
+        return self.layers(coefficients.to(self.layers[0].weight.dtype)).float()
 
 
 class ExpressionController(nn.Module):
@@ -94,17 +95,18 @@ class ExpressionController(nn.Module):
 
     def forward(self, codes: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """codes [B,4N,E], state per `state_shapes` -> expression_modulation [B,N,6,D], the next state."""
+        dtype = self.projection[1].weight.dtype
         if self.config.aggregator == "causal_conv":
-            first = torch.cat([state[0], codes], dim=1)
+            first = torch.cat([state[0], codes], dim=1).to(dtype)
             middle = F.silu(self.conv1(first.transpose(1, 2))).transpose(1, 2)
-            second = torch.cat([state[1], middle], dim=1)
+            second = torch.cat([state[1].to(dtype), middle], dim=1)
             latent = self.conv2(second.transpose(1, 2)).transpose(1, 2)
-            state = [codes[:, -1:], middle[:, -1:]]
+            state = [codes[:, -1:], middle[:, -1:].float()]
         else:
-            groups = codes.unflatten(1, (-1, FRAMES_PER_LATENT))
+            groups = codes.unflatten(1, (-1, FRAMES_PER_LATENT)).to(dtype)
             latent = self.window(groups.flatten(2) if self.config.aggregator == "window" else groups.mean(2))
             state = []
-        return self.projection(latent).unflatten(-1, (6, -1)), state
+        return self.projection(latent).float().unflatten(-1, (6, -1)), state
 
     def initial_state(self, first_code: Tensor) -> list[Tensor]:
         """first_code [B,E] -> the state before a clip that begins with it."""

@@ -139,7 +139,8 @@ class RMSNorm(nn.Module):
         values = x.float()
         power = (values * values).mean(dim=1, keepdim=True)
         scale = power.clamp(min=NORM_FLOOR_SQUARED / x.shape[1]).rsqrt()
-        return x * scale.to(x.dtype) * self.gamma.view(-1, 1, 1).to(x.dtype)
+        # The scale of a vector of zeros does not fit fp16, and zero times infinity is no number.
+        return (values * scale * self.gamma.view(-1, 1, 1)).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -177,7 +178,8 @@ class AttentionBlock(nn.Module):
         """x [N, C, h, w]."""
         q, k, v = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
         # Written out: a fused attention operator with heads wider than 256 is refused by TensorRT.
-        weights = torch.softmax(q.transpose(1, 2) @ k * x.shape[1] ** -0.5, dim=-1)
+        # Scaled before the product, which would overflow fp16 in a wide head.
+        weights = torch.softmax((q * x.shape[1] ** -0.5).transpose(1, 2) @ k, dim=-1)
         return x + self.proj((v @ weights.to(v.dtype).transpose(1, 2)).unflatten(2, x.shape[2:]))
 
 

@@ -9,13 +9,23 @@ import onnx
 import pytest
 import torch
 
-from factorportrait.bundle import PRECISIONS, Bundle, TensorSpec
+from factorportrait.bundle import Bundle, TensorSpec
 from factorportrait.errors import UserError
-from factorportrait.export.check import DIT_CASES, Cases, Threshold, check_graph, relative_error, threshold
+from factorportrait.export.build import OFFERED
+from factorportrait.export.check import (
+    DIT_CASES,
+    Cases,
+    GraphCheck,
+    Threshold,
+    angle,
+    check_graph,
+    relative_error,
+    threshold,
+)
 from factorportrait.export.graphs import export_stage, tensor_specs, write_graph
 from factorportrait.export.stages import EXAMPLE_FRAMES, EXAMPLE_PAST, dit_stage, stages_of
 
-STRICT = Threshold(1e-4, "a test")
+STRICT = Threshold(1e-4, 1e-8, "a test")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +57,37 @@ def test_relative_error(found, expected, error):
 
 def test_thresholds_have_a_reason():
     assert threshold("fp32").max_relative == 1e-4
-    for precision in PRECISIONS:
-        try:
-            assert len(threshold(precision).reason.split()) > 8
-        except KeyError:
-            assert precision != "fp32"
+    for precision in OFFERED:
+        assert len(threshold(precision).reason.split()) > 20
+
+
+@pytest.mark.parametrize(
+    "found, expected, result",
+    [([1, 0], [1, 0], 0), ([1, 0], [0, 1], 1), ([1, 0], [-1, 0], 2), ([0, 0], [0, 0], 0), ([1, 0], [0, 0], 1), ([2, 2], [1, 1], 0)],
+)
+def test_angle(found, expected, result):
+    assert angle(np.array(found), np.array(expected)) == pytest.approx(result, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({}, None),
+        ({"max_relative": 2e-4}, "2.0e-04 in velocity"),
+        ({"angle": 2e-8}, "2.0e-08"),
+        ({"max_relative": float("inf")}, "NaN or infinite values in velocity"),
+        ({"max_relative": float("nan")}, "NaN or infinite values in velocity"),
+        ({"headroom": 1.5}, "4.367e+04 in blocks.7"),
+        ({"headroom": 0.5}, "1.31e+05 in blocks.7"),
+        ({"headroom": float("nan")}, "nan in blocks.7"),
+        ({"headroom": 2.5}, None),
+    ],
+)
+def test_what_is_objected_to(values, words):
+    passing = {"max_abs": 1.0, "max_relative": 1e-5, "worst_output": "velocity", "num_cases": 1, "hottest": "blocks.7"}
+    check = GraphCheck(**(passing | values))
+    objection = check.objection(Threshold(1e-4, 1e-8, "a test", min_headroom=2.0))
+    assert words is None and objection is None or objection[1] == words
 
 
 def test_every_stage_has_cases_of_other_sizes(tiny_model):
@@ -93,8 +129,9 @@ def test_all_graphs_of_the_bundle_passed(tiny_bundle):
 
 def test_equal(exported):
     stage, path, outputs, cases = exported
-    check = check_graph(path, stage, outputs, cases, STRICT)
-    assert check.max_relative < 1e-5 and check.num_cases == 2
+    check = check_graph(path, stage, outputs, cases)
+    assert check.max_relative < 1e-5 and check.angle < 1e-9 and check.num_cases == 2
+    assert check.objection(STRICT) is None
 
 
 def test_another_weight_is_noticed(exported):
@@ -102,15 +139,26 @@ def test_another_weight_is_noticed(exported):
     changed = copy.deepcopy(stage)
     with torch.no_grad():
         changed.module.module.time_projection[1].bias[5] += 0.01
-    with pytest.raises(UserError, match=r"stage time_embed: timestep_proj differs.*at most 1.0e-04; found \d\.\de-0[23]"):
-        check_graph(path, changed, outputs, cases, STRICT)
+    expected, found = check_graph(path, changed, outputs, cases).objection(STRICT)
+    assert "at most 1.0e-04" in expected and found.endswith("timestep_proj")
+
+
+def test_no_number_is_noticed(exported):
+    """Neither side may have it: a module that gives NaN is no reference."""
+    stage, path, outputs, cases = exported
+    changed = copy.deepcopy(stage)
+    with torch.no_grad():
+        changed.module.module.time_projection[1].bias[5] = float("nan")
+    assert check_graph(path, changed, outputs, cases).objection(STRICT)[1] == "NaN or infinite values in timestep_proj"
+    half = check_graph(path, stage, outputs, cases, half=changed)
+    assert half.objection(STRICT)[1] == "NaN or infinite values in timestep_proj"
 
 
 def test_another_size_is_noticed(exported):
     stage, path, outputs, cases = exported
     wrong = (TensorSpec("temb", "float32", (1, 7, 64)), *outputs[1:])
     with pytest.raises(UserError, match=r"temb float32 \[1, 7, 64\]"):
-        check_graph(path, stage, wrong, cases, STRICT)
+        check_graph(path, stage, wrong, cases)
 
 
 def test_invalid_graph_is_noticed(exported, tmp_path):
@@ -119,4 +167,4 @@ def test_invalid_graph_is_noticed(exported, tmp_path):
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, tmp_path / "bad.onnx")
     with pytest.raises(UserError, match="expected a valid ONNX graph"):
-        check_graph(tmp_path / "bad.onnx", stage, outputs, cases, STRICT)
+        check_graph(tmp_path / "bad.onnx", stage, outputs, cases)

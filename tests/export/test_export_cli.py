@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from factorportrait import shipped
-from factorportrait.bundle import Bundle
+from factorportrait.bundle import PRECISIONS, TARGETS, Bundle
 from factorportrait.errors import CheckpointError
 from factorportrait.export import build, cli, graphs, stages
 from factorportrait.files import whole_folder
@@ -93,11 +93,11 @@ def test_bundle_then_up_to_date_then_changed(two_stages, copy, tmp_path, capsys)
 def test_weights_in_second_files(two_stages, tiny_checkpoint, tmp_path):
     build.build_bundle(tiny_checkpoint, tmp_path / "bundle", external=True)
     bundle = Bundle(tmp_path / "bundle")
-    assert "time_embed.onnx.data" in bundle.manifest.files
+    assert bundle.stage("time_embed").data == ("time_embed.fp32.data",)
     bundle.verify()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name not in build.OFFERED])
 def test_precision_of_a_later_version(tiny_checkpoint, tmp_path, capsys, precision):
     line = refused(capsys, tiny_checkpoint, "--precision", precision, "--output", tmp_path / "bundle")
     assert "not available yet" in line and "--precision fp32" in line
@@ -105,7 +105,38 @@ def test_precision_of_a_later_version(tiny_checkpoint, tmp_path, capsys, precisi
 
 
 def test_unknown_precision(tiny_checkpoint, capsys):
-    assert "expected fp32; found 'fp23'" in refused(capsys, tiny_checkpoint, "--precision", "fp23")
+    assert "expected fp32 or fp16" in (line := refused(capsys, tiny_checkpoint, "--precision", "fp23")) and "'fp23'" in line
+
+
+@pytest.mark.parametrize("target, found", [("gpu", "gpu"), ("cpu,cudaa", "cudaa"), ("", "nothing"), ("cpu,", "nothing")])
+def test_unknown_target(tiny_checkpoint, tmp_path, capsys, target, found):
+    line = refused(capsys, tiny_checkpoint, f"--target={target}", "--output", tmp_path / "bundle")
+    assert f"expected some of cpu, cuda, tensorrt; found {found}" in line
+
+
+def test_targets(two_stages, tiny_checkpoint, tmp_path, capsys):
+    output = tmp_path / "bundle"
+    assert exported(capsys, tiny_checkpoint, "--target", "tensorrt,cpu", "--output", output)["target_bytes"].keys() == {
+        "cpu", "tensorrt",
+    }  # fmt: skip
+    assert Bundle(output).manifest.targets == ("cpu", "tensorrt")
+    assert exported(capsys, tiny_checkpoint, "--target", "cpu,tensorrt", "--output", output)["up_to_date"] is True
+    assert exported(capsys, tiny_checkpoint, "--target", "all", "--output", output)["up_to_date"] is False
+    assert Bundle(output).manifest.targets == TARGETS
+    # Another precision is another bundle, in the same place or not.
+    assert exported(capsys, tiny_checkpoint, "--precision", "fp16", "--output", output)["precision"] == "fp16"
+    assert Bundle(output).manifest.precision == "fp16"
+
+
+def test_fp16_says_what_it_is_for(two_stages, tiny_checkpoint, tmp_path, capsys):
+    bundle = str(tmp_path / "b")
+    for arguments in ([str(tiny_checkpoint), "--precision", "fp16", "--output", bundle], ["inspect", bundle]):
+        assert cli.main(arguments) == 0
+        assert "fp16 on cpu: half the size and no faster" in capsys.readouterr().out
+    report = exported(capsys, tiny_checkpoint, "--precision", "fp16", "--target", "cuda", "--output", tmp_path / "b")
+    assert report["target_bytes"].keys() == {"cuda"}
+    assert cli.main(["inspect", str(tmp_path / "b")]) == 0
+    assert "no faster" not in capsys.readouterr().out
 
 
 def test_no_checkpoint_there(tmp_path, capsys):
@@ -169,6 +200,10 @@ def test_a_graph_that_differs_is_an_error(two_stages, tiny_checkpoint, tmp_path,
     line = refused(capsys, tiny_checkpoint, "--output", tmp_path / "bundle")
     assert "stage time_embed" in line and "expected a relative error of at most 1.0e-04; found" in line
     assert list(tmp_path.iterdir()) == []
+    assert cli.main([str(tiny_checkpoint), "--output", str(tmp_path / "bundle")]) == 2
+    rows = [row for row in capsys.readouterr().out.splitlines() if "│" in row]
+    assert [row.split("│")[1].split()[0] for row in rows if "refused" in row] == ["time_embed"]
+    assert [row.split("│")[1].split()[0] for row in rows if "passed" in row] == ["arkit_encoder"]
 
 
 def test_full_disk(two_stages, tiny_checkpoint, tiny_bundle, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from helpers import difference
 
 import factorportrait.bundle
 from factorportrait.bundle import Bundle
-from factorportrait.export.graphs import export_stage, weight_bytes, write_graph
+from factorportrait.export.graphs import WeightFiles, export_stage, weight_bytes, write_graph
 from factorportrait.export.stages import dit_inputs, dit_stage, stages_of
 
 TOLERANCE = 1e-4
@@ -92,16 +92,22 @@ def test_a_range_of_blocks(tiny_model, half, tmp_path):
 
 
 def test_weights_beside_the_graph(half, tmp_path):
-    """As for graphs above 2 GB; same results as with the weights inside."""
+    """As for graphs above 2 GB, and for graphs that share them; same results as with the weights inside."""
     stage, graph = half
     (tmp_path / "inside").mkdir()
-    write_graph(graph, tmp_path / "inside", "graph", external=False)
-    (tmp_path / "beside").mkdir()
-    assert write_graph(graph, tmp_path / "beside", "graph", external=True) == ["graph.onnx", "graph.onnx.data"]
-    large = (tmp_path / "beside" / "graph.onnx.data").stat().st_size
+    write_graph(graph.clone(), tmp_path / "inside", "graph")
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    weights = WeightFiles(folder, "family")
+    assert write_graph(graph.clone(), folder, "graph", weights) == ["graph.onnx", "family.fp32.data"]
+    large = (folder / "family.fp32.data").stat().st_size
     assert large > 0.8 * weight_bytes(graph)
-    assert (tmp_path / "beside" / "graph.onnx").stat().st_size < 0.3 * large
-    onnx.checker.check_model(str(tmp_path / "beside" / "graph.onnx"), full_check=True)
+    assert (folder / "graph.onnx").stat().st_size < 0.3 * large
+    # A second graph of the same weights adds none.
+    assert write_graph(graph.clone(), folder, "again", weights) == ["again.onnx", "family.fp32.data"]
+    assert (folder / "family.fp32.data").stat().st_size == large
+    assert (folder / "again.onnx").read_bytes() == (folder / "graph.onnx").read_bytes()
+    onnx.checker.check_model(str(folder / "graph.onnx"), full_check=True)
     feeds = {name: tensor.numpy() for name, tensor in zip(stage.input_names, stage.args, strict=True)}
     inside, beside = (
         onnxruntime.InferenceSession(tmp_path / place / "graph.onnx", providers=["CPUExecutionProvider"]).run(None, feeds)
