@@ -57,7 +57,8 @@ def in_fp32(model: ir.Model) -> ir.Model:
     kept = {*model.graph.inputs, *model.graph.outputs}
     for value in (*kept, *model.graph.initializers.values()):
         if value.dtype == ir.DataType.FLOAT16:
-            value.dtype = ir.DataType.FLOAT
+            # A new type: copies of a graph share the old one.
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     for value in model.graph.initializers.values():
         if value.const_value.dtype == ir.DataType.FLOAT16:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
