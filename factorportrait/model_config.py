@@ -11,6 +11,7 @@ from factorportrait.errors import CheckpointError
 STREAMS = ("reference", "noise", "camera", "pose")
 # What else public Wan models concatenate: a mask of the frames that are given, their latents, a control video's latents.
 WAN_STREAMS = ("mask", "image", "control")
+SOLVERS = ("euler", "renoise", "unipc", "dpm++")
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; slot 1 holds one frame
 
 
@@ -220,9 +221,7 @@ class GenerationConfig:
     max_clip_frames: int = 21
     timestep_shift: float = 1.0
     denoising_steps: int = 4
-    solver: str = (
-        "euler"  # or "renoise": predict the clean latent, then noise it to the next sigma (consistency sampling)
-    )
+    solver: str = "euler"  # of SOLVERS, see runtime/schedule.py
 
     def __post_init__(self):
         object.__setattr__(self, "modes", tuple(self.modes))
@@ -234,9 +233,9 @@ class GenerationConfig:
                 found=", ".join(self.modes) or "none",
                 action=CORRECT,
             )
-        if self.solver not in ("euler", "renoise"):
+        if self.solver not in SOLVERS:
             raise CheckpointError(
-                "solver", expected="euler or renoise", found=self.solver, action=CORRECT
+                "solver", expected=f"{', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}", found=self.solver, action=CORRECT
             )
         if self.chunk_frames > self.window_frames:
             raise CheckpointError(

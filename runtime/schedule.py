@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from factorportrait.errors import UserError
+from factorportrait.runtime import solvers
 
 FACTORS = ("reference", "expression", "pose", "camera")
 
@@ -34,32 +35,50 @@ class Schedule:
 
 
 def shifted_sigmas(num_steps: int, shift: float) -> np.ndarray:
-    """[num_steps + 1] noise levels from 1 to 0, moved towards noise by `shift` (Esser et al. 2024, section 5.3.2)."""
-    sigmas = np.linspace(1.0, 0.0, num_steps + 1)
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    """[num_steps + 1] noise levels from 1 to 0, moved towards noise by `shift`, as the authors of Wan sample."""
+    return solvers.wan_sigmas(num_steps, shift)
 
 
-def flow_schedule(num_steps: int, shift: float, solver: str = "euler") -> Schedule:
+def flow_schedule(num_steps: int, shift: float, solver: str = "euler", sigmas: np.ndarray | None = None) -> Schedule:
     """Flow matching, x = (1 - sigma) * clean + sigma * noise, the network predicting v = noise - clean.
 
     Args:
         num_steps: at least 1.
         shift: timestep shift; 1 for none.
         solver: "euler" integrates the ODE; "renoise" predicts the clean latent and noises it anew to the next sigma
-            (consistency sampling, Song et al. 2023, algorithm 1), for networks distilled to few steps.
+            (consistency sampling, Song et al. 2023, algorithm 1), for networks distilled to few steps, such as Self-Forcing's;
+            "unipc" and "dpm++" are multistep solvers of order 2, whose tables look back on all steps.
+        sigmas: [num_steps + 1] levels from noise to 0 in place of the solver's own, such as `solvers.flow_match_sigmas`.
 
     Raises:
         UserError: num_steps is not positive.
+        ValueError: another solver, or another number of sigmas.
     """
     if num_steps < 1:
         raise UserError("--steps", expected="1 or more", found=str(num_steps), action="4 is a good start")
-    sigmas = shifted_sigmas(num_steps, shift)
-    now, following = sigmas[:-1], sigmas[1:]
-    if solver == "euler":
-        sample, output, noise = np.ones(num_steps), following - now, np.zeros(num_steps)
-    else:
-        sample, output, noise = 1 - following, -now * (1 - following), following
-    return Schedule(1000.0 * now, sample, output[:, None], noise)
+    if solver not in _SOLVERS:
+        raise ValueError(f"solver: expected one of {', '.join(_SOLVERS)}, found {solver!r}")
+    levels, table = _SOLVERS[solver]
+    sigmas = levels(num_steps, shift) if sigmas is None else np.asarray(sigmas, np.float64)
+    if sigmas.shape != (num_steps + 1,):
+        raise ValueError(f"sigmas: expected {num_steps + 1}, found {sigmas.shape}")
+    timesteps = solvers.TRAIN_STEPS * sigmas[:-1]
+    if table is None:
+        now, following = sigmas[:-1], sigmas[1:]
+        return Schedule(timesteps, 1 - following, (-now * (1 - following))[:, None], following)
+    if solver != "euler":
+        # The multistep schedulers of diffusers hand the network whole timesteps, cut off, and compute with rounded levels.
+        timesteps, sigmas = np.trunc(timesteps), solvers.as_float32(sigmas)
+    return Schedule(timesteps, np.ones(num_steps), table(sigmas), np.zeros(num_steps))
+
+
+# Noise levels and coefficients by a solver's name; "renoise" is no table of velocities.
+_SOLVERS = {
+    "euler": (solvers.wan_sigmas, solvers.euler),
+    "renoise": (solvers.wan_sigmas, None),
+    "unipc": (solvers.unipc_sigmas, solvers.unipc),
+    "dpm++": (solvers.dpm_sigmas, solvers.dpm_solver),
+}
 
 
 @dataclass(frozen=True)
