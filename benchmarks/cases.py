@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ HERE = Path(__file__).parent
 CASES, MODELS = HERE / "cases", HERE / "models"
 AXES = ("frames", "resolution", "window", "steps", "threads")
 DEFAULT_ENGINE = "onnxruntime-cpu"
+CHECKPOINT = "checkpoint"  # folder beside the bundles that were made from it here
 DRIVING_CYCLE = 8  # different driving frames of a synthetic clip; more would only need memory
 
 
@@ -58,6 +60,7 @@ class Case:
         bundle: "demo" or a bundle folder; model: instead of it, a shape of benchmarks/models (or a .toml) with random weights.
         blocks: of the model, fewer than the shape has.
         resolution: side of the square picture; an exported bundle has its own.
+        checkpoint: of a bundle folder of one's own, for its rows in PyTorch.
         engine: the row that the others are compared with; peers: the other rows, see benchmarks/peers.
         threads: of one operator; None for every core.
         frames: of one repetition. The last chunk should be whole: an incomplete one is not steady.
@@ -69,6 +72,7 @@ class Case:
 
     name: str
     bundle: str | None = None
+    checkpoint: str | None = None
     model: str | None = None
     blocks: int | None = None
     resolution: int | None = None
@@ -132,7 +136,8 @@ class Case:
     def to_config(self) -> dict[str, Any]:
         """What a report says of the case: everything that changes its times, nothing of where files lie or how often it ran."""
         left_out = {
-            "name", "engine", "peers", "sweep", "repetitions", "max_repetitions", "max_seconds", "interval", "cold_start",
+            "name", "checkpoint", "engine", "peers", "sweep", "repetitions", "max_repetitions", "max_seconds", "interval",
+            "cold_start",
         }  # fmt: skip
         config = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         if self.bundle is not None:
@@ -220,7 +225,8 @@ def materialise(case: Case) -> Path:
         if case.resolution is not None:
             return _resized_demo(case)
         path = default_bundle_path(DEMO_NAME, case.precision)
-        if not demo_bundle_is_current(path):
+        # Where it can be exported it always is, or graphs of an older exporter would be measured. Up to date costs a second.
+        if importlib.util.find_spec("torch") is not None or not demo_bundle_is_current(path):
             _export(shipped_checkpoint(), path, case.precision)
         return path
     bundle = Bundle(case.bundle)
@@ -270,20 +276,20 @@ def _resized_demo(case: Case) -> Path:
     data |= {"height": case.resolution, "width": case.resolution}
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     folder = cache_folder() / "bench" / f"demo-{case.resolution}-{digest}"
-    with whole_folder(folder / "checkpoint") as copy:
+    with whole_folder(folder / CHECKPOINT) as copy:
         for file in checkpoint.iterdir():
             if file.suffix in (".safetensors", ".npz"):
                 shutil.copyfile(file, copy / file.name)
         (copy / "config.json").write_text(json.dumps(data), encoding="utf-8")
-    _export(folder / "checkpoint", folder / case.precision, case.precision)
+    _export(folder / CHECKPOINT, folder / case.precision, case.precision)
     return folder / case.precision
 
 
 def _exported(name: str, config: ModelConfig, precision: str) -> Path:
     folder = cache_folder() / "bench" / name
-    if not (folder / "checkpoint" / "config.json").is_file():
-        _run(["-m", "factorportrait.benchmarks.random_checkpoint", str(folder / "checkpoint")], json.dumps(config.to_dict()))
-    _export(folder / "checkpoint", folder / precision, precision)
+    if not (folder / CHECKPOINT / "config.json").is_file():
+        _run(["-m", "factorportrait.benchmarks.random_checkpoint", str(folder / CHECKPOINT)], json.dumps(config.to_dict()))
+    _export(folder / CHECKPOINT, folder / precision, precision)
     return folder / precision
 
 

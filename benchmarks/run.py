@@ -12,10 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from factorportrait.benchmarks.cases import CASES, Case, load_cases, materialise, near, resolve, shipped_names
@@ -23,7 +23,7 @@ from factorportrait.benchmarks.limits import measure_gpu_limits, measure_limits
 from factorportrait.benchmarks.machine import describe_code, describe_machine, load_average, noise_of, versions
 from factorportrait.benchmarks.measure import Interrupted, ProcessWorker, WorkerError, bounded, measure_case
 from factorportrait.benchmarks.peers import PEERS
-from factorportrait.benchmarks.schema import Limits, Machine, Report, Result, Sweep, write_report
+from factorportrait.benchmarks.schema import Limits, Machine, Report, Result, Sweep, Work, write_report
 from factorportrait.bundle import Bundle
 from factorportrait.errors import UserError
 
@@ -35,6 +35,15 @@ QUICK = {"repetitions": 2, "max_repetitions": 3, "max_seconds": 20.0}
 COLD_STARTS = 3
 
 
+@dataclass(frozen=True)
+class Source:
+    """A case's bundle: its key, and the work of every stage in a chunk; without it, `note` says why."""
+
+    key: str
+    works: Mapping[str, Work]
+    note: str = ""
+
+
 @dataclass
 class Run:
     """What a run has gathered so far."""
@@ -42,9 +51,10 @@ class Run:
     started: float
     machine: Machine
     load: float | None
-    limits: dict[str, Limits]
-    results: list[Result]
     quick: bool
+    limits: dict[str, Limits] = field(default_factory=dict)  # "cpu THREADS" or "gpu"
+    results: list[Result] = field(default_factory=list)
+    sources: dict[str, Source] = field(default_factory=dict)  # by case
 
 
 def run_cases(options: argparse.Namespace) -> int:
@@ -58,12 +68,14 @@ def run_cases(options: argparse.Namespace) -> int:
         return 0
     cases = chosen_cases(options)
     check_output(options.output)
-    run = Run(time.perf_counter(), describe_machine(), load_average(), {}, [], options.quick)
+    run = Run(time.perf_counter(), describe_machine(), load_average(), options.quick)
     try:
         for case in cases:
             for point, sweep in case.points():
-                run.results += measure_point(run, point, sweep)
-                print_rows(run.results[-len(case.rows):])
+                measure_point(run, point, sweep)
+                print_rows([completed(result, run) for result in run.results[-len(case.rows) :]])
+        if not run.quick:
+            measure_limits_again(run)
     except BaseException as error:
         if isinstance(error, Exception):
             raise
@@ -72,8 +84,7 @@ def run_cases(options: argparse.Namespace) -> int:
             error = error.__cause__
         print(f"fp-bench: partial report: {finish(run, options, interrupted=True)}", file=sys.stderr)
         raise error from None
-    path = finish(run, options)
-    print(f"fp-bench: {path}")
+    print(f"fp-bench: {finish(run, options)}")
     return 0
 
 
@@ -103,22 +114,28 @@ def check_output(folder: Path) -> None:
         raise UserError(f"--output {folder}", expected="a folder", found="a file", action="choose another place")
 
 
-def measure_point(run: Run, case: Case, sweep: Sweep | None) -> list[Result]:
-    """Measure one case. What cannot run is a row that says why."""
+def measure_point(run: Run, case: Case, sweep: Sweep | None) -> None:
+    """Measure one case and add its rows to the run's. What cannot run is a row that says why."""
     say(f"{case.name}: {', '.join(case.rows)}")
     try:
         folder = materialise(case)
         bundle = Bundle(folder)
         case = resolve(case, bundle.config)
     except UserError as error:
-        return measure_case(case, {name: WorkerError(str(error), available=False) for name in case.rows}, sweep=sweep)
-    measure_needed_limits(run, case)
+        run.results += measure_case(case, {name: WorkerError(str(error), available=False) for name in case.rows}, sweep=sweep)
+        return
+    for key in needed_limits(run, case):
+        if key not in run.limits:
+            keep_limits(run, key)
+    run.sources[case.name] = count_work(case, bundle)
     with opened_workers(case, folder) as workers:
         results = measure_case(case, workers, sweep=sweep, origin=run.started, on_round=progress(case))
+    first = len(run.results)
+    run.results += results
     if case.cold_start:
-        results = [with_cold_start(result, case, folder, 1 if run.quick else COLD_STARTS) for result in results]
-    results = [replace(result, source_key=bundle.manifest.source_key) for result in results]
-    return with_limits(results, case, folder, run.limits)
+        for i, result in enumerate(results, first):
+            times = COLD_STARTS if result.peer == case.engine and not run.quick else 1
+            run.results[i] = with_cold_start(result, case, folder, times)
 
 
 @contextlib.contextmanager
@@ -141,21 +158,37 @@ def opened_workers(case: Case, folder: Path) -> Iterator[dict[str, ProcessWorker
                 worker.close()
 
 
-def measure_needed_limits(run: Run, case: Case) -> None:
-    """What the machine can do with the case's threads, once per run; a process of its own, because thread pools stay."""
-    wanted = {f"cpu {case.threads}": (measure_limits, case.threads, run.quick)}
-    if run.machine.gpus:
-        wanted["gpu"] = (measure_gpu_limits, run.quick)
-    for key, (function, *arguments) in wanted.items():
-        if key in run.limits:
-            continue
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                found = pool.submit(function, *arguments).result()
-            except BrokenProcessPool:
-                found = None
-        if found is not None:
-            run.limits[key] = found
+def needed_limits(run: Run, case: Case) -> list[str]:
+    """Keys of `Run.limits` that bound the rows of a case."""
+    return [f"cpu {case.threads}", *(["gpu"] if run.machine.gpus else [])]
+
+
+def keep_limits(run: Run, key: str) -> None:
+    """Measure what the machine can do, in a process of its own because thread pools stay. The best figures of a run count."""
+    device, _, threads = key.partition(" ")
+    call = (measure_gpu_limits, run.quick) if device == "gpu" else (measure_limits, int(threads), run.quick)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            found = pool.submit(*call).result()
+        except BrokenProcessPool:
+            found = None
+    if found is not None:
+        run.limits[key] = best_of(run.limits[key], found) if key in run.limits else found
+
+
+def measure_limits_again(run: Run) -> None:
+    """At the end of a run: a limit that was taken while somebody else computed would flatter every row."""
+    for key in list(run.limits):
+        keep_limits(run, key)
+
+
+def best_of(first: Limits, second: Limits) -> Limits:
+    """The higher one of every rate."""
+    rates = {
+        kind: max(limits.matrix_flops[kind] for limits in (first, second) if kind in limits.matrix_flops)
+        for kind in {**first.matrix_flops, **second.matrix_flops}
+    }  # fmt: skip
+    return replace(first, matrix_flops=rates, copy_bytes_s=max(first.copy_bytes_s, second.copy_bytes_s))
 
 
 def with_cold_start(result: Result, case: Case, folder: Path, times: int) -> Result:
@@ -179,28 +212,37 @@ def with_cold_start(result: Result, case: Case, folder: Path, times: int) -> Res
     return replace(result, startup=replace(result.startup, cold_start_s=statistics.median(seconds)))
 
 
-def with_limits(results: Sequence[Result], case: Case, folder: Path, limits: dict[str, Limits]) -> list[Result]:
-    """Give the stages their work and their limit."""
-    from factorportrait.benchmarks.flops import chunk_work
+def count_work(case: Case, bundle: Bundle) -> Source:
+    """Count the operations of a case's stages."""
     from factorportrait.runtime.session import SessionOptions
 
-    options = SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window)
+    options, key = SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window), bundle.manifest.source_key
     try:
-        works = chunk_work(Bundle(folder), options, num_frames=case.frames, coefficients=case.io and uses_coefficients())
+        from factorportrait.benchmarks.flops import chunk_work
+
+        works = chunk_work(bundle, options, num_frames=case.frames, coefficients=case.io and uses_coefficients())
+        return Source(key, works)
     except (ImportError, UserError) as error:
-        return [replace(result, notes=(*result.notes, f"operations were not counted: {error}")) for result in results]
-    found = []
-    for result in results:
-        peer = PEERS[result.peer]
-        machine = limits.get("gpu" if peer.device == "cuda" else f"cpu {case.threads}")
-        stages = [
-            bounded(stage, works[stage.name], machine, peer.precision or case.precision)
-            if machine and stage.name in works and peer.whole
-            else stage
-            for stage in result.stages
-        ]
-        found.append(replace(result, stages=tuple(stages)))
-    return found
+        return Source(key, {}, f"operations were not counted: {error}")
+
+
+def completed(result: Result, run: Run) -> Result:
+    """A row with its bundle's key, and its stages with their work and their limit.
+
+    Stages of a peer that is only a part do other work than ours, so they have neither.
+    """
+    if (source := run.sources.get(result.case)) is None:
+        return result
+    peer, works = PEERS[result.peer], source.works
+    result = replace(result, source_key=source.key, notes=(*result.notes, *([source.note] if source.note else [])))
+    limits = run.limits.get("gpu" if peer.device == "cuda" else f"cpu {result.config['threads']}")
+    if not peer.whole or limits is None:
+        return result
+    precision = peer.precision or result.config["precision"]
+    stages = (
+        bounded(stage, works[stage.name], limits, precision) if stage.name in works else stage for stage in result.stages
+    )
+    return replace(result, stages=tuple(stages))
 
 
 def uses_coefficients() -> bool:
@@ -227,7 +269,8 @@ def finish(run: Run, options: argparse.Namespace, interrupted: bool = False) -> 
         command=("fp-bench", "run", *map(str, options.cases)), scope=SCOPE, machine=describe_machine(run.machine),
         code=describe_code(), versions=versions(), limits=tuple(run.limits.values()),
         noise=replace(noise, steal_share=steal, other_share=other, reasons=reasons),
-        results=tuple(run.results), seconds=time.perf_counter() - run.started, interrupted=interrupted,
+        results=tuple(completed(result, run) for result in run.results), seconds=time.perf_counter() - run.started,
+        interrupted=interrupted,
     )  # fmt: skip
     for reason in report.noise.reasons:
         say(f"noisy: {reason}")

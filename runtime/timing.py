@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,8 @@ class Timings:
     the driving, writing the video, and waiting.
 
     `spans` is None, or a list that every run of a stage is appended to; whoever sets it takes them out again. The denoising
-    steps of a chunk are its spans "step" in order.
+    steps of a chunk are its spans "step" in order. `wait` is None, or called at the end of every stage: calls on a device return
+    before it is done, so its stages can be told apart only when each is waited for.
     """
 
     def __init__(self):
@@ -40,6 +41,7 @@ class Timings:
         self.busy_s = 0.0
         self.first_frame_s: float | None = None
         self.spans: list[Span] | None = None
+        self.wait: Callable[[], None] | None = None
         self._chunks: deque[tuple[float, float, int]] = deque(maxlen=KEPT_CHUNKS)
 
     @contextlib.contextmanager
@@ -47,6 +49,8 @@ class Timings:
         start_ns = time.perf_counter_ns()
         try:
             yield
+            if self.wait is not None:
+                self.wait()
         finally:
             end_ns = time.perf_counter_ns()
             self.seconds[stage] += 1e-9 * (end_ns - start_ns)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from factorportrait.benchmarks.cases import Case, synthetic_driving
+from factorportrait.benchmarks.cases import CHECKPOINT, Case, synthetic_driving
 from factorportrait.benchmarks.peers.base import ChunkClock, Peer, Sample
 from factorportrait.benchmarks.schema import Memory, Startup
+from factorportrait.bundle import Bundle
+from factorportrait.engines.choose import obstacle
+from factorportrait.engines.tensorrt.machine import find_gpu
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT
 from factorportrait.runtime.session import OpenBundle, SessionOptions, open_bundle
@@ -34,6 +41,11 @@ class LoopSubject:
         self.notes = (f"bundle of {opened.bundle.manifest.provenance.get('checkpoint', 'unnamed')}, key "
                       f"{opened.bundle.manifest.source_key[:12]}",)  # fmt: skip
         self._portrait, _ = synthetic_driving(opened.config, 0)
+        if opened.engine.device != "cpu":
+            # Calls on a device return before it is done; copies to the host wait for everything before them.
+            flag = opened.engine.zeros((1,), "float32")
+            seen = opened.engine.mirror(flag)
+            self.session.timings.wait = lambda: opened.engine.copy(flag, seen)
 
     def repeat(self, num_frames: int) -> Sample:
         """See `Subject.repeat`."""
@@ -130,18 +142,62 @@ def frames_of_chunks(case: Case) -> int:
     return FRAMES_PER_LATENT * case.chunk
 
 
-def _open_ort(case: Case, folder: Path, **options) -> LoopSubject:
-    return LoopSubject(case, open_bundle(folder, threads=case.threads, **options))
+def checkpoint_of(case: Case, folder: Path) -> Path | None:
+    """The checkpoint that a bundle was exported from, for the rows in PyTorch; None for the shipped one."""
+    if case.checkpoint is not None:
+        return Path(case.checkpoint)
+    beside = folder.parent / CHECKPOINT
+    return beside if beside.is_dir() else None
 
 
-def _always(_case: Case) -> str:
-    return ""
+def _open(case: Case, folder: Path, engine: str, eager: bool = False) -> LoopSubject:
+    return LoopSubject(case, open_bundle(folder, engine=engine, threads=case.threads, eager=eager))
 
 
+def _open_torch(case: Case, folder: Path, **options) -> LoopSubject:
+    from factorportrait.engines.pytorch import TorchEngine
+
+    start = time.perf_counter()
+    bundle = Bundle(folder)
+    engine = TorchEngine(bundle, checkpoint_of(case, folder), threads=case.threads, **options)
+    subject = LoopSubject(case, OpenBundle(bundle, engine, load_s=time.perf_counter() - start))
+    if options.get("compile"):
+        start = time.perf_counter()
+        subject.first_picture()
+        subject.startup = replace(subject.startup, build_s=time.perf_counter() - start)
+    return subject
+
+
+def _obstacle(engine: str) -> Callable[[Case], str]:
+    def found(_case: Case) -> str:
+        against = obstacle(engine)
+        return f"it needs {against.expected}; found {against.found}" if against else ""
+
+    return found
+
+
+def _no_compiler(case: Case) -> str:
+    if TORCH_DEVICE == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        return "torch.compile needs a C++ compiler: none found"
+    return _obstacle("torch")(case)
+
+
+def _peer(name: str, description: str, engine: str, **options) -> Peer:
+    device = "cuda" if engine in ("onnxruntime-cuda", "tensorrt") else "cpu"
+    return Peer(name, description, _obstacle(engine), partial(_open, engine=engine, **options), device=device)
+
+
+def _torch_peer(name: str, description: str, unavailable: Callable[[Case], str], precision: str | None = None, **options) -> Peer:
+    return Peer(name, description, unavailable, partial(_open_torch, **options), precision=precision, device=TORCH_DEVICE)
+
+
+TORCH_DEVICE = "cpu" if isinstance(find_gpu(), str) else "cuda"
 LOOPS = (
-    Peer("onnxruntime-cpu", "ONNX Runtime on the CPU, bound buffers", _always, _open_ort),
-    Peer(
-        "onnxruntime-cpu-eager", "ONNX Runtime on the CPU, plain calls that allocate every result", _always,
-        lambda case, folder: _open_ort(case, folder, eager=True),
-    ),
-)  # fmt: skip
+    _peer("onnxruntime-cpu", "ONNX Runtime on the CPU, bound buffers", "onnxruntime-cpu"),
+    _peer("onnxruntime-cpu-eager", "the same with plain calls that allocate every result", "onnxruntime-cpu", eager=True),
+    _peer("onnxruntime-cuda", "ONNX Runtime on an NVIDIA GPU", "onnxruntime-cuda"),
+    _peer("tensorrt", "TensorRT plans, replayed as CUDA graphs", "tensorrt"),
+    _torch_peer("torch", "the same loop on PyTorch's modules: eager on a CPU, CUDA graphs on a GPU", _obstacle("torch")),
+    _torch_peer("torch-bf16", "the same in bfloat16", _obstacle("torch"), precision="bf16", dtype="bfloat16"),
+    _torch_peer("torch-compile", "the same through torch.compile", _no_compiler, compile=True),
+)

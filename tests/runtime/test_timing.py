@@ -28,3 +28,13 @@ def test_a_stage_that_fails_is_counted():
     with pytest.raises(ValueError), timings("decode"):
         raise ValueError
     assert timings.calls["decode"] == 1 and len(timings.spans) == 1
+
+
+def test_a_device_is_waited_for_inside_the_stage():
+    timings, waited = Timings(), []
+    timings.spans = []
+    timings.wait = lambda: waited.append(len(timings.spans))
+    for stage in ("pose", "decode"):
+        with timings(stage):
+            pass
+    assert waited == [0, 1], "before the span of the stage ends"

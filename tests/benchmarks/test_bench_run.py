@@ -1,0 +1,196 @@
+"""fp-bench run as a user meets it: real rows in processes of their own, crashes, interrupts, refusals, cold starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from factorportrait.benchmarks import cli, run
+from factorportrait.benchmarks.cases import Case, resolve
+from factorportrait.benchmarks.measure import LocalWorker, ProcessWorker, WorkerError, measure_case
+from factorportrait.benchmarks.peers import PEERS
+from factorportrait.benchmarks.peers.loop import LoopSubject
+from factorportrait.benchmarks.plant import GRAPHS_OF_STAGE, PlantedEngine
+from factorportrait.benchmarks.schema import Limits, read_report
+from factorportrait.bundle import Bundle
+from factorportrait.runtime.session import OpenBundle, open_bundle
+
+CASES = """
+[[case]]
+name = "c"
+peers = [{peers}]
+steps = 2
+frames = 21
+threads = 1
+repetitions = 2
+max_repetitions = {repetitions}
+max_seconds = 60
+interval = 0.0001
+cold_start = {cold}
+"""
+
+
+def case_file(tmp_path: Path, *peers: str, repetitions: int = 2, cold: bool = False) -> str:
+    path = tmp_path / "cases.toml"
+    names = ", ".join(f'"{peer}"' for peer in peers)
+    path.write_text(CASES.format(peers=names, repetitions=repetitions, cold=str(cold).lower()))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bundle, tmp_path_factory):
+    """One run through the command line: our loop twice, diffusers, and a peer that is not there."""
+    folder = tmp_path_factory.mktemp("bench")
+    file = case_file(folder, "onnxruntime-cpu-eager", "diffusers", cold=True)
+    assert cli.main(["run", str(tiny_bundle), "--cases", file, "--output", str(folder / "out")]) == 0
+    return read_report(folder / "out")
+
+
+def test_every_row_has_its_raw_samples_and_its_figures(report):
+    assert [result.key for result in report.results] == ["c/onnxruntime-cpu", "c/onnxruntime-cpu-eager", "c/diffusers"]
+    for result in report.results[:2]:
+        assert result.status == "ok" and len(result.repetitions) == 2 and result.stopped == "cap"
+        for repetition in result.repetitions:
+            assert [chunk.frames for chunk in repetition.chunks] == [5, 8, 8]
+            assert [chunk.past_frames for chunk in repetition.chunks] == [0, 2, 3]
+            assert [chunk.steady for chunk in repetition.chunks] == [False, False, True]
+            for chunk in repetition.chunks:
+                assert len(chunk.push_ms) == chunk.frames and sum(chunk.push_ms) <= chunk.wall_ms
+                assert sum(chunk.stage_ms.values()) <= chunk.wall_ms
+                expected = ["expression", "rays", "pose", "conditions", "step.0", "step.1", "commit", "decode"]
+                assert sorted(chunk.stage_ms) == sorted(expected)
+            assert repetition.first_frame_ms > repetition.reference_ms
+        assert 0.5 < result.accounted <= 1 and result.execution == "serial"
+        assert result.latency.arrival_fps == 24.0 and result.latency.arrival.p50 > result.latency.per_chunk.p50
+        assert result.memory.host_peak_bytes > 2**20 and result.startup.load_s > 0
+        assert result.startup.cold_start_s > result.startup.load_s
+        assert {span.stage for span in result.waterfall} == {stage.name for stage in result.stages}
+
+
+def test_graphs_have_their_work_and_their_limit(report):
+    stages = {stage.name: stage for stage in report.results[0].stages}
+    assert {name for name, stage in stages.items() if stage.work is None} == {"rays"}
+    assert all(0 < stage.fraction < 1.5 for stage in stages.values() if stage.work)
+    (limits,) = report.limits
+    assert limits.threads == 1 and limits.matrix_flops["fp32"] > 1e9 and limits.copy_bytes_s > 1e8
+
+
+def test_a_peer_that_is_only_a_transformer_has_stages_and_no_latency(report):
+    result = report.results[2]
+    assert result.status == "ok" and result.latency is None and result.startup.cold_start_s is None
+    assert [stage.name for stage in result.stages] == ["step.0", "step.1"]
+    assert any("transformer alone" in note for note in result.notes)
+    assert run.figures(result).startswith("step.0 ")
+
+
+def test_the_machine_and_the_program_are_described(report):
+    assert report.machine.cores >= 1 and report.machine.cpu != "unknown" and report.versions["onnxruntime"]
+    assert report.code.version and "perf_counter_ns" in report.scope and report.seconds > 0
+    assert not report.interrupted
+
+
+def test_an_unavailable_bundle_is_a_row_that_says_why(tiny_bundle, tmp_path):
+    """An export in a precision that is not there yet must not end the other cases."""
+    options = cli.parser().parse_args(["run", "--cases", "smallest", "--output", str(tmp_path)])
+    case = Case("c", bundle=str(tiny_bundle), precision="fp16", peers=("diffusers",))
+    state = run.Run(time.perf_counter(), run.describe_machine(), 0.0, quick=True)
+    run.measure_point(state, case, None)
+    results = read_report(run.finish(state, options)).results
+    assert [result.status for result in results] == ["unavailable"] * 2 and "fp16" in results[0].reason
+
+
+def test_the_best_figures_of_a_run_are_its_limits():
+    first = Limits("cpu", 2, {"fp32": 1e11, "int8": 4e11}, 1e10)
+    second = Limits("cpu", 2, {"fp32": 2e11}, 5e9)
+    assert run.best_of(first, second) == Limits("cpu", 2, {"fp32": 2e11, "int8": 4e11}, 1e10)
+
+
+@pytest.fixture
+def tiny_case(tiny_bundle) -> Case:
+    case = Case("c", bundle=str(tiny_bundle), steps=1, frames=21, threads=1, repetitions=2, max_repetitions=2)
+    return resolve(case, Bundle(tiny_bundle).config)
+
+
+def test_a_process_that_dies_ends_its_row_alone(tiny_case, tiny_bundle):
+    workers = {name: ProcessWorker(tiny_case, name, tiny_bundle) for name in ("onnxruntime-cpu", "onnxruntime-cpu-eager")}
+    try:
+        os.kill(workers["onnxruntime-cpu"]._process.pid, signal.SIGSEGV)
+        dead, alive = measure_case(tiny_case, workers)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    assert dead.status == "failed" and "SIGSEGV" in dead.reason
+    assert alive.status == "ok" and len(alive.repetitions) == 2
+    assert not any(worker._process.is_alive() for worker in workers.values())
+
+
+def test_a_bundle_that_does_not_load_is_unavailable_and_an_error_of_a_peer_is_a_failure(tiny_case, tiny_bundle, tmp_path):
+    with pytest.raises(WorkerError) as error:
+        ProcessWorker(tiny_case, "onnxruntime-cpu", tmp_path)
+    assert not error.value.available and "manifest.json" in error.value.reason
+    worker = ProcessWorker(replace(tiny_case, mode="clip"), "onnxruntime-cpu", tiny_bundle)
+    try:
+        with pytest.raises(WorkerError) as error:
+            worker.repeat(1000)  # longer than any clip
+    finally:
+        worker.close()
+    assert error.value.available and "at most 33 frames" in error.value.reason
+
+
+def test_ctrl_c_keeps_what_was_measured_and_marks_it(tiny_bundle, tmp_path):
+    command = [sys.executable, "-m", "factorportrait.benchmarks.cli", "run", str(tiny_bundle)]
+    command += ["--cases", case_file(tmp_path, repetitions=100_000), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if "round 2 " in line:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the rows' processes get it too
+            break
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in rest and "interrupted" in rest
+    report = read_report(tmp_path / "out")
+    (result,) = report.results
+    assert report.interrupted and result.status == "interrupted" and len(result.repetitions) >= 2
+    assert result.latency.per_frame.p50 > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cases", "smalest"], "did you mean smallest"),
+        (["none-such-bundle", "--cases", "{file}"], "none-such-bundle"),
+        (["--cases", "{file}", "--peers", "onxruntime-cpu"], "did you mean onnxruntime-cpu"),
+        (["--cases", "{file}", "--output", "{file}"], "expected a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(tmp_path, tiny_bundle, capsys, arguments, words):
+    file = case_file(tmp_path)
+    Path(file).write_text(Path(file).read_text().replace("[[case]]\n", f'[[case]]\nbundle = "{tiny_bundle}"\n'))
+    if arguments[0] == "none-such-bundle":
+        file = case_file(tmp_path)
+    code = cli.main(["run", *(argument.replace("{file}", file) for argument in arguments)])
+    complaint = capsys.readouterr().err
+    assert code == 2 and words in complaint and complaint.count("\n") == 1
+
+
+def test_the_list_names_cases_and_peers(capsys):
+    assert cli.main(["run", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert "smallest" in text and all(peer in text for peer in PEERS)
+
+
+def test_a_planted_slowdown_lies_in_its_stage(tiny_case, tiny_bundle):
+    """The factor is large, so that no mood of the machine can hide it; what a small one does, the trials of compare record."""
+    opened = open_bundle(tiny_bundle, threads=1)
+    slow = OpenBundle(opened.bundle, PlantedEngine(opened.engine, GRAPHS_OF_STAGE["pose"], 40.0))
+    workers = {name: LocalWorker(LoopSubject(tiny_case, each)) for name, each in (("base", opened), ("head", slow))}
+    base, head = measure_case(tiny_case, workers)
+    times = [{stage.name: stage.per_chunk.p50 for stage in result.stages} for result in (base, head)]
+    growth = {name: times[1][name] / times[0][name] for name in times[0]}
+    assert max(growth, key=growth.get) == "pose" and growth["pose"] > 10
