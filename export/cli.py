@@ -55,7 +55,8 @@ def _export_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--target", metavar="TARGETS",
-        help=f"who will run it, with commas: {', '.join(TARGETS)}, or all (default: all, for fp32 cpu,cuda)",
+        help=f"who will run it, with commas: {', '.join(TARGETS)}, or all (default: all, for fp32 cpu,cuda); with a GPU here, "
+        "naming tensorrt builds its plans as well",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="BUNDLE", help="folder of the bundle (default: a folder of the user's cache)"
@@ -94,13 +95,25 @@ def _export(options: argparse.Namespace) -> int:
             if not options.json:
                 Console().print(_check_table(error.checks, error.refused))
             raise
+    # Who names TensorRT wants to run it with no further command, if this is the machine.
+    wants_plans = options.target is not None and "tensorrt" in targets
+    plans, elsewhere = plan_cli.plans_after_export(report.path) if wants_plans else (None, "")
     if options.json:
-        print(json.dumps(report.to_dict()))
+        print(json.dumps(report.to_dict() | {"plans": plans}))
         return 0
     console = Console()
     if report.up_to_date:
         console.print(f"{report.path}: up to date, nothing done (--force exports again)", soft_wrap=True, markup=False)
-        return 0
+    else:
+        _print_export(console, report)
+    if plans is not None:
+        plan_cli.print_plans(plans)
+    elif elsewhere:
+        console.print(elsewhere, soft_wrap=True, markup=False)
+    return 0
+
+
+def _print_export(console: Console, report: build.BuildReport) -> None:
     console.print(_check_table(report.checks))
     lines = [
         f"{report.path}: {len(report.checks)} graphs, {_megabytes(report.total_bytes)}, {report.seconds:.1f} s",
@@ -109,7 +122,6 @@ def _export(options: argparse.Namespace) -> int:
     ]
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
-    return 0
 
 
 def _target_sizes(target_bytes: Mapping[str, int]) -> str:

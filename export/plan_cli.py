@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -26,15 +25,6 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         description="Build the TensorRT plans of a bundle for this machine's GPU. Plans that fit are kept as they are.",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="made with fp-export --target tensorrt")
-    add_plan_options(parser)
-    parser.add_argument("--stage", action="append", metavar="NAME", help="only this stage; may be given again")
-    parser.add_argument("--force", action="store_true", help="build again what is there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    return parser
-
-
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """How plans are built and where they are kept."""
     _add_plans_folder(parser)
     parser.add_argument(
         "--optimization-level", type=int, choices=range(6), default=3, metavar="0..5",
@@ -46,6 +36,10 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--version-compatible", action="store_true", help="plans that later versions of TensorRT 11 load too; may be slower"
     )
+    parser.add_argument("--stage", action="append", metavar="NAME", help="only this stage; may be given again")
+    parser.add_argument("--force", action="store_true", help="build again what is there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
 
 
 def plans_parser(command: str) -> argparse.ArgumentParser:
@@ -64,43 +58,39 @@ def plans_parser(command: str) -> argparse.ArgumentParser:
 
 def run_build(options: argparse.Namespace) -> int:
     """`fp-export build`."""
-    bundle = Bundle(options.bundle)
-    report = build_with_progress(bundle, options, options.stage)
+    from factorportrait.engines.tensorrt.plans import Options
+
+    workspace = None if options.workspace_mb is None else options.workspace_mb * 10**6
+    how = Options(options.optimization_level, workspace, options.version_compatible)
+    report = build_with_progress(
+        Bundle(options.bundle), plans=options.plans, how=how, stages=options.stage, again=options.force
+    )
     if options.json:
         print(json.dumps(report))
-        return 0
-    table = Table(title=f"TensorRT plans in {escape(report['plans'])}", title_justify="left")
-    for column in ("stage", "plan", "key"):
-        table.add_column(column)
-    for column in ("size", "build"):
-        table.add_column(column, justify="right")
-    for plan in report["stages"]:
-        state = "built" if plan["built_now"] else "as it was"
-        table.add_row(plan["stage"], state, plan["key"], _megabytes(plan["bytes"]), f"{plan['build_seconds']:.1f} s")
-    Console().print(table)
+    else:
+        print_plans(report)
     return 0
 
 
-def build_with_progress(bundle: Bundle, options: argparse.Namespace, stages: Collection[str] | None = None) -> dict:
+def build_with_progress(bundle: Bundle, *, plans: Path | None = None, how=None, stages=None, again: bool = False) -> dict:
     """Build a bundle's plans with a bar on stderr; what was done, for --json.
 
     Args:
-        options: of `add_plan_options`; `force` builds again what is there.
+        plans: their folder; None for the user's cache.
+        how, stages, again: see `factorportrait.engines.tensorrt.build.build_plans`.
 
     Raises:
-        UserError: there is no GPU or no TensorRT here, or a graph gives no plan.
+        UserError: there is no GPU or no TensorRT here, the bundle is not for TensorRT, or a graph gives no plan.
     """
     from factorportrait.engines.tensorrt.build import TARGET, build_plans
     from factorportrait.engines.tensorrt.build import Progress as Step
     from factorportrait.engines.tensorrt.machine import probe
-    from factorportrait.engines.tensorrt.plans import Options, PlanStore
+    from factorportrait.engines.tensorrt.plans import PlanStore
 
     for stage in stages or bundle.manifest.target_stages(TARGET):
         bundle.stage(stage, TARGET)  # before the GPU is asked for: a bundle for others is the first thing to mend
     machine = probe("TensorRT plans")
-    store = PlanStore(options.plans)
-    workspace = options.workspace_mb
-    how = Options(options.optimization_level, None if workspace is None else workspace * 10**6, options.version_compatible)
+    store = PlanStore(plans)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
@@ -120,9 +110,7 @@ def build_with_progress(bundle: Bundle, options: argparse.Namespace, stages: Col
         def notice(line: str) -> None:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-        done = build_plans(
-            bundle, store, machine, how, stages=stages, again=getattr(options, "force", False), on_progress=show, notice=notice
-        )
+        done = build_plans(bundle, store, machine, how, stages=stages, again=again, on_progress=show, notice=notice)
     return {
         "bundle": str(bundle.path), "plans": str(store.folder), "gpu": machine.gpu, "sm": machine.sm, "tensorrt": machine.tensorrt,
         "stages": [
@@ -133,6 +121,29 @@ def build_with_progress(bundle: Bundle, options: argparse.Namespace, stages: Col
             for plan, built in done
         ],
     }  # fmt: skip
+
+
+def print_plans(report: dict) -> None:
+    """The table of what `build_with_progress` did."""
+    table = Table(title=f"TensorRT plans in {escape(report['plans'])}", title_justify="left")
+    for column in ("stage", "plan", "key"):
+        table.add_column(column)
+    for column in ("size", "build"):
+        table.add_column(column, justify="right")
+    for plan in report["stages"]:
+        state = "built" if plan["built_now"] else "as it was"
+        table.add_row(plan["stage"], state, plan["key"], _megabytes(plan["bytes"]), f"{plan['build_seconds']:.1f} s")
+    Console().print(table)
+
+
+def plans_after_export(bundle: Path) -> tuple[dict | None, str]:
+    """What `fp-export --target tensorrt` does behind the export: the plans, or why they have to be built elsewhere."""
+    from factorportrait.engines.tensorrt.machine import find_gpu
+
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        return None, f"no TensorRT plans built here ({gpu}); on the machine that runs them: fp-export build {bundle}"
+    return build_with_progress(Bundle(bundle)), ""
 
 
 def run_plans(options: argparse.Namespace) -> int:

@@ -43,7 +43,9 @@ DECODER = StageSpec(
 )  # fmt: skip
 
 
-def write_bundle(folder: Path, specs: tuple[StageSpec, ...], targets: tuple[str, ...] = ("tensorrt",)) -> Path:
+def write_bundle(
+    folder: Path, specs: tuple[StageSpec, ...], targets: tuple[str, ...] = ("tensorrt",), config: ModelConfig | None = None
+) -> Path:
     """A bundle of these stages. A file that is not in the folder yet gets a few bytes, which is enough for a store of plans."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {name for spec in specs for name in spec.files}
@@ -52,7 +54,7 @@ def write_bundle(folder: Path, specs: tuple[StageSpec, ...], targets: tuple[str,
             (folder / name).write_bytes(name.encode())
     files = {name: FileEntry(sha256_file(folder / name), (folder / name).stat().st_size) for name in names}
     manifest = Manifest(
-        config=ModelConfig.from_dict(TINY), precision="fp16", stages={spec.name: spec for spec in specs}, files=files,
+        config=config or ModelConfig.from_dict(TINY), precision="fp16", stages={spec.name: spec for spec in specs}, files=files,
         provenance={}, source_key="", targets=targets,
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -28,6 +28,7 @@ from factorportrait.engines.tensorrt.plans import (
     write_timing_cache,
 )
 from factorportrait.errors import BundleError, UserError
+from factorportrait.export import plan_cli
 from factorportrait.export.cli import main
 
 WAIT_S = 60.0
@@ -266,6 +267,13 @@ def test_no_gpu(bundle, tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert message.startswith("fp-export: error: TensorRT plans; expected an NVIDIA GPU") and message.count("\n") == 1
     assert not (tmp_path / "plans").exists()
+
+
+def test_an_export_elsewhere_says_where_plans_are_built(bundle, monkeypatch):
+    monkeypatch.setattr(machine, "find_gpu", lambda: "no driver")
+    plans, line = plan_cli.plans_after_export(bundle.path)
+    assert plans is None
+    assert line == f"no TensorRT plans built here (no driver); on the machine that runs them: fp-export build {bundle.path}"
 
 
 def test_a_bundle_for_others(tmp_path, monkeypatch, capsys):
