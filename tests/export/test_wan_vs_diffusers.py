@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from helpers import difference
 from torch import nn
 from wan_models import diffusers_transformer, random_weights, transformer_arguments, with_noise
@@ -15,8 +16,9 @@ from wan_models import diffusers_transformer, random_weights, transformer_argume
 from factorportrait.export.models.animate import FoldedMotionEncoder
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.weights import layouts
-from factorportrait.export.weights.networks import Network, rows_of
+from factorportrait.export.weights.networks import SAMPLING, Network, rows_of
 from factorportrait.model_config import DiTConfig, FaceConfig, FusionConfig, RayAdapterConfig
+from factorportrait.runtime.schedule import flow_schedule
 
 TOLERANCE = 1e-4  # relative; found up to 3e-6
 ROWS, COLUMNS, FRAMES, BATCH = 4, 6, 5, 2
@@ -162,6 +164,62 @@ def test_ranges_of_blocks_keep_their_adapters():
             ours.adapters_of(start, end, face_kv),
         )  # fmt: skip
     assert torch.equal(x, expected)
+
+
+# ---- Self-Forcing ----------------------------------------------------------------------------------------------------------
+
+
+class Masked(WanAttnProcessor):
+    """diffusers' attention with a mask in the place that its blocks leave open."""
+
+    def __init__(self, mask: torch.Tensor):
+        super().__init__()
+        self.mask = mask
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return super().__call__(attn, hidden_states, encoder_hidden_states, self.mask, rotary_emb)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_self_forcing_s_cached_stream_equals_diffusers_with_a_causal_mask(seed):
+    """Four renoise steps and a clean commit per chunk of 3, three chunks; diffusers recomputes everything in every step."""
+    network, sampling = NETWORKS["t2v"], SAMPLING["Self-Forcing-1.3B"]
+    theirs, ours = both(network, seed)
+    schedule = flow_schedule(sampling.denoising_steps, sampling.timestep_shift, sampling.solver)
+    generator = torch.Generator().manual_seed(seed)
+    chunk, tokens = sampling.chunk_frames, ROWS * COLUMNS // 4
+    text = torch.randn(BATCH, 9, network.dit.text_dim, generator=generator)
+    text_kv = ours.embed_text(text)
+    done: list[torch.Tensor] = []
+    caches: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # per committed chunk, per block
+    for index in range(3):
+        seen = index * chunk
+        slot = torch.arange(seen + chunk).div(chunk, rounding_mode="floor").repeat_interleave(tokens)
+        for block in theirs.blocks:
+            block.attn1.set_processor(Masked((slot[:, None] >= slot)[None, None]))
+        past_kv = None
+        if caches:
+            past_kv = [tuple(torch.cat(parts, dim=1) for parts in zip(*kept, strict=True)) for kept in zip(*caches, strict=True)]
+
+        def evaluate(x, timestep, seen=seen, past_kv=past_kv):
+            temb, proj = ours.embed_time(torch.full((BATCH, chunk), timestep))
+            return ours(
+                x, ours.embed_nothing(BATCH, chunk), torch.zeros(BATCH, chunk, 6, ours.config.dim), temb, proj,
+                torch.arange(seen, seen + chunk), torch.arange(seen), past_kv, text_kv,
+            )  # fmt: skip
+
+        x = torch.randn(BATCH, 16, chunk, ROWS, COLUMNS, generator=generator)
+        for step in range(schedule.num_steps):
+            timestep = float(schedule.timesteps[step])
+            found, _ = evaluate(x, timestep)
+            timesteps = torch.tensor([0.0] * seen + [timestep] * chunk).repeat_interleave(tokens).expand(BATCH, -1)
+            expected = theirs(torch.cat([*done, x], dim=2), timesteps, text, return_dict=False)[0][:, :, seen:]
+            assert difference(found, expected) <= TOLERANCE
+            noise = torch.randn(x.shape, generator=generator)
+            x = float(schedule.sample[step]) * x + float(schedule.outputs[step, 0]) * found + float(schedule.noise[step]) * noise
+        done.append(x)
+        caches.append(evaluate(x, 0.0)[1])
 
 
 # ---- Wan2.1-Fun ------------------------------------------------------------------------------------------------------------
