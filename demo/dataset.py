@@ -10,6 +10,7 @@ A shard holds `CLIPS_PER_SHARD` clips in one .npz (deflate level 1): n clips, T 
 | coefficients | [n, T, 52] float32, order of demo.world.head.ARKIT_NAMES |
 | rotation, translation | [n, T, 3, 3], [n, T, 3] float32: head pose about the neck pivot, metres |
 | K, c2w | [n, T, 3, 3], [n, T, 4, 4] float64, OpenCV, canonical head space |
+| face_boxes | [n, T, 3, 4] float32: left, top, right, bottom in pixels of both eyes and the mouth |
 | portrait_coefficients, _rotation, _translation, _K, _c2w | the same without T |
 | kind | [n] int8, index into demo.world.motion.KINDS |
 | identity, scene | [n] JSON text: Identity.to_dict(), Scene.to_dict() |
@@ -35,10 +36,13 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 
 from demo.world.appearance import Appearance, Identity, Scene  # noqa: E402
+from demo.world.head import MATERIALS, HeadModel  # noqa: E402
 from demo.world.motion import KINDS, expressions, sample_clip, sample_portrait  # noqa: E402
 from demo.world.render import Renderer  # noqa: E402
 
 CLIPS_PER_SHARD = 16
+MOTION = ("coefficients", "rotation", "translation", "K", "c2w")
+BOX_DENSITY = 8  # every eighth vertex is enough for a box
 _SPLIT_CODES = {"train": 11, "val": 12, "test": 13}
 _renderers: dict[tuple[int, int], Renderer] = {}
 
@@ -73,6 +77,20 @@ def render_clip(
     return np.stack([rgb for rgb, _ in pairs]), np.stack([normal for _, normal in pairs])
 
 
+def face_boxes(head: HeadModel, clip: dict[str, np.ndarray]) -> np.ndarray:
+    """[T, 3, 4] left, top, right, bottom of the projected vertices of both eyes and of the mouth, in pixels."""
+    inside = np.isin(head.basis.material, [MATERIALS.index("mouth"), MATERIALS.index("teeth")])
+    groups = [rows[::BOX_DENSITY] for rows in (*head.basis.eye_rows, np.unique(head.faces[inside]))]
+    boxes = []
+    for coefficients, rotation, translation, K, c2w in zip(*(clip[name] for name in MOTION), strict=True):
+        posed, camera = head.pose(coefficients, rotation, translation), np.linalg.inv(c2w)
+        for rows in groups:
+            points = (posed[rows] @ camera[:3, :3].T + camera[:3, 3]) @ K.T
+            pixels = points[:, :2] / points[:, 2:]
+            boxes.append([*pixels.min(0), *pixels.max(0)])
+    return np.reshape(boxes, (-1, len(groups), 4)).astype(np.float32)
+
+
 def make_twin(clip: dict[str, np.ndarray], split: str, seed: int, index: int) -> dict[str, np.ndarray]:
     """Another performance for the arrays of a clip: what differs between the two is expression and nothing else."""
     rng = np.random.default_rng([_SPLIT_CODES[split], seed, index, 1])
@@ -95,15 +113,15 @@ def make_clip(split: str, seed: int, index: int, frames: int, size: int) -> dict
     head, scene = identity.head(), Scene.sample(rng)
     clip = sample_clip(rng, head, frames, size, size)
     still = sample_portrait(rng, head, size, size)
-    fields = ("coefficients", "rotation", "translation", "K", "c2w")
-    both = [np.concatenate([getattr(still, name), getattr(clip, name)]) for name in fields]
+    both = [np.concatenate([getattr(still, name), getattr(clip, name)]) for name in MOTION]
     rgb, normals = render_clip(identity, *both, scene=scene, height=size, width=size)
     out = {"frames": rgb[1:], "normals": normals[1:], "portrait": rgb[0], "portrait_normals": normals[0]}
-    for name, values in zip(fields, both, strict=True):
+    for name, values in zip(MOTION, both, strict=True):
         values = values.astype(np.float64 if name in ("K", "c2w") else np.float32)
         out[name], out["portrait_" + name] = values[1:], values[0]
     out["kind"] = np.int8(KINDS.index(clip.kind))
     out["identity"], out["scene"] = json.dumps(identity.to_dict()), json.dumps(scene.to_dict())
+    out["face_boxes"] = face_boxes(head, out)
     return out | make_twin(out, split, seed, index)
 
 

@@ -37,6 +37,7 @@ class DiTSettings(PhaseSettings):
 
     Attributes:
         batch: tokens of a part divided by `tokens_per_frame`, that is slots, so that short and long clips cost the same.
+        short_share: of parts with no more than one chunk: more people for the same time, and less attention.
         stream_share: share of parts with the chunk-causal mask.
         context_share: share of them whose first chunk is clean context.
         context_noise: highest noise level of that context, for robustness against drift.
@@ -47,14 +48,15 @@ class DiTSettings(PhaseSettings):
         face_weight, background_weight: of latent cells at eyes and mouth, and behind the head; the rest has 1.
     """
 
+    short_share: float = 0.6
     stream_share: float = 0.5
     context_share: float = 0.3
     context_noise: float = 0.1
     drop: float = 0.08
     code_noise: float = 0.2
     training_shift: float = 1.5
-    pure_noise_share: float = 0.3
-    twin_share: float = 0.5
+    pure_noise_share: float = 0.4
+    twin_share: float = 0.7
     twin_weight: float = 6.0
     face_weight: float = 3.0
     background_weight: float = 0.5
@@ -67,12 +69,11 @@ class Preset:
     name: str
     workers: int
     device: str
-    num_clips: int
     vae: PhaseSettings
+    decoder: PhaseSettings
     expression: PhaseSettings
     dit: DiTSettings
     seed: int = 0
-    compile: bool = False
 
 
 MODEL = ModelConfig(
@@ -100,20 +101,20 @@ CPU = Preset(
     name="cpu",
     workers=2,
     device="cpu",
-    num_clips=2000,
     vae=PhaseSettings(steps=4000, parts=2, batch=12, learning_rate=3e-3),
+    decoder=PhaseSettings(steps=500, parts=2, batch=3, learning_rate=3e-4, weight_decay=0.0, warmup_steps=20, cooldown=0.4),
     expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1e-3),
     dit=DiTSettings(steps=8000, parts=2, batch=20, learning_rate=2e-3),
 )
+# Together 24 minutes; --stop-after cuts them into runs.
 GPU = replace(
     CPU,
     name="gpu",
     workers=1,
     device="cuda",
-    num_clips=20000,
-    compile=True,
-    vae=replace(CPU.vae, steps=20000, parts=1, batch=144, ema_decay=0.9995),
-    expression=replace(CPU.expression, steps=8000, parts=1, batch=256, ema_decay=0.999),
-    dit=replace(CPU.dit, steps=40000, parts=1, batch=512, ema_decay=0.9995),
+    vae=replace(CPU.vae, steps=20000, minutes=9.0, parts=1, batch=144, ema_decay=0.9995, validate_every=500),
+    decoder=replace(CPU.decoder, steps=5000, minutes=1.5, parts=1, batch=24, validate_every=500),
+    expression=replace(CPU.expression, steps=8000, minutes=2.5, parts=1, batch=256, ema_decay=0.999, validate_every=500),
+    dit=replace(CPU.dit, steps=40000, minutes=9.0, parts=1, batch=512, ema_decay=0.9995, validate_every=500),
 )
 PRESETS = {preset.name: preset for preset in (CPU, GPU)}

@@ -1,22 +1,29 @@
-"""python -m demo.train vae|expression|latents|dit|export|evaluate|all --preset cpu|gpu --data DIR --work DIR
+"""python -m demo.train vae|decoder|expression|latents|dit|export|evaluate|all --preset cpu|gpu --data DIR --work DIR
 
 `init --from CHECKPOINT` makes states of released weights, so that training goes on from there.
 Every phase continues from its state in --work and skips what is finished; --minutes bounds the time that a phase may take in all.
+--stop-after bounds this run: it saves and ends with exit code 3 when there is more to do, and the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
+import time
 from pathlib import Path
 
 from demo.presets import PRESETS
 from demo.train import phases
+from factorportrait.command import run_command
 
-PHASES = ("vae", "expression", "latents", "dit", "export", "evaluate")
+PHASES = ("vae", "decoder", "expression", "latents", "dit", "export", "evaluate")
 
 
-def main() -> None:
+MORE_TO_DO = 3
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
     parser.add_argument("phase", choices=("init", *PHASES, "all"))
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
@@ -25,17 +32,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo/checkpoint"), help="checkpoint folder of export")
     parser.add_argument("--from", dest="start", type=Path, default=Path("demo/checkpoint"), help="checkpoint folder of init")
     parser.add_argument("--minutes", type=float, help="time of this phase, all runs together (default: the preset's)")
+    parser.add_argument("--stop-after", type=float, default=math.inf, metavar="MINUTES", help="time of this run")
     parser.add_argument("--device", help="cpu or cuda (default: the preset's)")
     parser.add_argument("--clips", type=int, default=32, help="test clips of evaluate")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    job = phases.Job(PRESETS[args.preset], args.data, args.work, args.out, args.minutes, args.device, args.clips)
+    deadline = time.monotonic() + 60 * args.stop_after
+    job = phases.Job(PRESETS[args.preset], args.data, args.work, args.out, args.minutes, args.device, args.clips, deadline)
     if args.phase == "init":
         phases.run_init(job, args.start)
-        return
+        return 0
     for phase in PHASES if args.phase == "all" else (args.phase,):
         getattr(phases, f"run_{phase}")(job)
+        if job.out_of_time:
+            return MORE_TO_DO
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command("demo.train", main))

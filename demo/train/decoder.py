@@ -1,39 +1,33 @@
-"""Teach the VAE's decoder to go on for ever: train it in the state in which a long stream leaves it.
-
-python -m demo.train.decoder --data DIR --work DIR --checkpoint DIR --minutes 10
+"""Phase 2: teach the VAE's decoder to go on for ever, by training it in the state in which a long stream leaves it.
 
 The causal convolutions look back further than the 29 frames of a training clip, so a decoder that has seen only clips has
 always had the zeros of the start in sight, and drifts once they are out of it. Here streams of pictures run forwards and
 backwards through a clip without end; the caches are carried from step to step and gradients stop at them. The encoder is
-frozen: latents, and what was trained on them, keep their meaning.
+frozen: latents, and what is trained on them, keep their meaning.
 """
 
 from __future__ import annotations
-
-import argparse
-import json
-import logging
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from demo.train.data import ClipStore, to_unit
+from demo.train.trainer import Draw, Metrics
 from demo.train.vae import LATENT_NOISE, psnr_of, reconstruction_loss
-from factorportrait.export.checkpoint import load_checkpoint, save_checkpoint
 from factorportrait.export.models.vae import VideoVAE
 
-log = logging.getLogger(__name__)
 LENGTHS = (8, 72)  # latent frames after which a stream begins anew
+STREAMS_PER_PART = 3  # that take turns, so that one step's pictures are not the next one's
+STEP_LATENT_FRAMES = 2
+VALIDATION_TENTHS = (1, 2, 5, 10)
 
 
 class Streams:
     """A batch of endless crops of one side, encoded and decoded together."""
 
-    def __init__(self, store: ClipStore, rng: np.random.Generator, batch: int, side: int):
-        self.store, self.rng, self.batch, self.side = store, rng, batch, side
+    def __init__(self, store: ClipStore, rng: np.random.Generator, batch: int, side: int, device: torch.device):
+        self.store, self.rng, self.batch, self.side, self.device = store, rng, batch, side, device
         self.restart()
 
     def restart(self) -> None:
@@ -53,9 +47,9 @@ class Streams:
         """The next frames [B, 3, count, S, S]."""
         index = (self.position + np.arange(count)) % self.frames.shape[1]
         self.position += count
-        return to_unit(self.frames[:, index])
+        return to_unit(self.frames[:, index], self.device)
 
-    def step(self, vae: VideoVAE, latent_frames: int, noise: float) -> tuple[Tensor, Tensor]:
+    def step(self, vae: VideoVAE, latent_frames: int, noise: float, draw: Draw) -> tuple[Tensor, Tensor]:
         """Decoded and true frames of the next latent frames; gradients reach back to the caches and no further."""
         if self.age >= self.length:
             self.restart()
@@ -68,7 +62,7 @@ class Streams:
                     latents, self.encoder_caches = vae.encode_first(frames)
                 else:
                     latents, self.encoder_caches = vae.encode_steady(frames, self.encoder_caches)
-                latents = latents.float() + noise * torch.randn_like(latents.float())
+                latents = latents.float() + noise * draw.normal(latents.shape, self.device)
             if first:
                 pictures, self.decoder_caches = vae.decode_first(latents)
             else:
@@ -80,59 +74,30 @@ class Streams:
         return torch.cat(decoded, dim=2), torch.cat(truth, dim=2)
 
 
+def train_only_decoder(vae: VideoVAE) -> None:
+    """Gradients for the decoder, and for nothing that makes latents."""
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    vae.conv2.requires_grad_(True)
+
+
+def stream_loss(vae: VideoVAE, streams: Streams, draw: Draw) -> tuple[Tensor, Metrics]:
+    """Loss of the next pictures of a stream."""
+    # Latents are normalised here, the noise is that of the raw ones.
+    noise = LATENT_NOISE / float(vae.latents_std.mean())
+    decoded, truth = streams.step(vae, STEP_LATENT_FRAMES, noise, draw)
+    loss, mse = reconstruction_loss(decoded, truth)
+    return loss, {"psnr": psnr_of(mse.item())}
+
+
 @torch.no_grad()
-def validate(vae: VideoVAE, store: ClipStore, clips: int = 2, latent_frames: int = 50) -> list[float]:
-    """PSNR of the 1st, 2nd, ... tenth part of streams of 197 frames of whole pictures."""
-    streams = Streams(store, np.random.default_rng(0), clips, 128)
+def validate(
+    vae: VideoVAE, store: ClipStore, device: torch.device, clips: int = 2, latent_frames: int = 50, side: int = 128
+) -> Metrics:
+    """PSNR of some tenths of streams of 197 frames of whole pictures."""
+    streams = Streams(store, np.random.default_rng(0), clips, side, device)
     streams.length = latent_frames
-    with torch.autocast("cpu", torch.bfloat16):
-        decoded, truth = streams.step(vae, latent_frames, 0.0)
-    errors = (decoded - truth).square().mean((0, 1, 3, 4)).numpy()
-    return [round(psnr_of(part.mean()), 2) for part in np.array_split(errors, 10)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.train.decoder", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, rewritten at the end")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.manual_seed(0)
-    stores = {name: ClipStore(args.data / name, args.work / "unpacked" / name) for name in ("train", "val")}
-    model = load_checkpoint(args.checkpoint)
-    vae = model.vae.requires_grad_(False)
-    vae.set_conv_impl("conv3d")
-    trained = [*vae.decoder.parameters(), *vae.conv2.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
-    noise = LATENT_NOISE / float(np.mean(model.config.vae.latents_std))
-    rng = np.random.default_rng(0)
-    # Whole pictures: the attention in the middle sees all of them, and crops taught it nothing about that.
-    groups = [Streams(stores["train"], rng, 3, 128) for _ in range(6)]
-    log.info("before: %s dB", validate(vae, stores["val"]))
-    start, step = time.perf_counter(), 0
-    while (done := (time.perf_counter() - start) / (60 * args.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1.0, (step + 1) / 20) * min(1.0, (1 - done) / 0.4)
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded, truth = groups[step % len(groups)].step(vae, 2, noise)
-        loss, mse = reconstruction_loss(decoded, truth)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            log.info("%s", json.dumps({"step": step, "loss": round(loss.item(), 4), "psnr": round(psnr_of(mse.item()), 2)}))
-            log.info("streams: %s dB", validate(vae, stores["val"]))
-    log.info("after %d steps: %s dB", step, validate(vae, stores["val"]))
-    vae.set_conv_impl("conv2d")
-    save_checkpoint(model, args.checkpoint, torch.float16)
-
-
-if __name__ == "__main__":
-    main()
+    with torch.autocast(device.type, torch.bfloat16):
+        decoded, truth = streams.step(vae, latent_frames, 0.0, Draw(0, "validate", 0, 0))
+    tenths = np.array_split((decoded - truth).square().mean((0, 1, 3, 4)).cpu().numpy(), 10)
+    return {f"val_psnr_tenth_{tenth}": psnr_of(tenths[tenth - 1].mean()) for tenth in VALIDATION_TENTHS}

@@ -69,6 +69,10 @@ class Window:
 def draw_window(draw: Draw, settings: DiTSettings, generation: GenerationConfig, total: int) -> Window:
     """Which part of clips of `total` latent frames a micro-batch sees, and how it is cut into chunks."""
     rng = draw.rng
+    if draw.chance(settings.short_share):
+        frames = int(rng.integers(1, generation.chunk_frames + 1))
+        chunks = (frames,) if draw.chance(settings.stream_share) else None
+        return Window(int(rng.integers(total - frames + 1)), frames, chunks)
     if not draw.chance(settings.stream_share):
         longest = min(total, generation.max_clip_frames)
         frames = longest if draw.chance(WHOLE_CLIP_SHARE) else int(rng.integers(1, longest + 1))

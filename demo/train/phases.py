@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from demo.presets import MODEL, PhaseSettings, Preset
+from demo.train import decoder as decoder_phase
 from demo.train import dit as dit_phase
 from demo.train import expression as expression_phase
 from demo.train import latents as latents_phase
@@ -28,6 +31,7 @@ from factorportrait.export.checkpoint import load_checkpoint, save_checkpoint
 from factorportrait.export.models.expression import ArkitEncoder, ExpressionEncoder
 from factorportrait.export.models.factorportrait import FactorPortrait
 from factorportrait.export.models.vae import VideoVAE
+from factorportrait.files import whole_file
 from factorportrait.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -47,6 +51,11 @@ class Job:
     minutes: float | None = None
     device_name: str | None = None
     clips: int = 32
+    deadline: float = math.inf  # of time.monotonic
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() >= self.deadline
 
     @property
     def device(self) -> torch.device:
@@ -71,19 +80,19 @@ def refresher(store: ClipStore | latents_phase.LatentStore):
 
 def vae_trainer(job: Job, vae: VideoVAE) -> Trainer:
     settings, preset = job.settings(job.preset.vae), job.preset
-    return Trainer("vae", vae, settings, job.work, preset.seed, vae_phase.is_matrix, preset.workers)
+    return Trainer("vae", vae, settings, job.work, preset.seed, vae_phase.is_matrix, preset.workers, job.deadline)
 
 
 def expression_trainer(job: Job, nets: nn.ModuleDict) -> Trainer:
     settings, preset = job.settings(job.preset.expression), job.preset
     is_matrix = expression_phase.is_matrix
-    return Trainer("expression", nets, settings, job.work, preset.seed, is_matrix, preset.workers)
+    return Trainer("expression", nets, settings, job.work, preset.seed, is_matrix, preset.workers, job.deadline)
 
 
 def dit_trainer(job: Job, model: FactorPortrait) -> Trainer:
     settings, preset = job.settings(job.preset.dit), job.preset
     dit_phase.train_only_transformer(model)
-    return Trainer("dit", model, settings, job.work, preset.seed, dit_phase.is_matrix, preset.workers)
+    return Trainer("dit", model, settings, job.work, preset.seed, dit_phase.is_matrix, preset.workers, job.deadline)
 
 
 def run_vae(job: Job) -> None:
@@ -97,6 +106,31 @@ def run_vae(job: Job) -> None:
         return vae_phase.vae_loss(vae, draw, vae_phase.sample_crops(train, draw, settings.batch, job.device))
 
     trainer.run(part_loss, partial(vae_phase.validate, store=val, device=job.device), refresher(train))
+
+
+def decoder_trainer(job: Job, vae: VideoVAE) -> Trainer:
+    settings, preset = job.settings(job.preset.decoder), job.preset
+    decoder_phase.train_only_decoder(vae)
+    return Trainer("decoder", vae, settings, job.work, preset.seed, lambda *_: False, preset.workers, job.deadline)
+
+
+def run_decoder(job: Job) -> None:
+    train, val = job.store("train"), job.store("val")
+    vae = VideoVAE(config_with_statistics(job).vae).to(job.device)
+    vae.load_state_dict(averaged(job, "vae"))
+    trainer = decoder_trainer(job, vae)
+    trainer.resume()
+    seeds = np.random.SeedSequence([job.preset.seed, trainer.step]).spawn(trainer.settings.parts)
+    side = MODEL.height  # whole pictures: the attention in the middle sees all of them
+    streams = [
+        [decoder_phase.Streams(train, rng, trainer.settings.batch, side, job.device) for _ in range(decoder_phase.STREAMS_PER_PART)]
+        for rng in map(np.random.default_rng, seeds)
+    ]
+
+    def part_loss(vae, draw, part):
+        return decoder_phase.stream_loss(vae, streams[part][trainer.step % decoder_phase.STREAMS_PER_PART], draw)
+
+    trainer.run(part_loss, partial(decoder_phase.validate, store=val, device=job.device, side=side), refresher(train))
 
 
 def averaged(job: Job, phase: str) -> dict[str, torch.Tensor]:
@@ -143,22 +177,34 @@ def run_expression(job: Job) -> None:
     )
 
 
-def config_with_statistics(work: Path) -> ModelConfig:
-    """The model's config with the latents' mean and deviation that `latents` measured."""
-    statistics = json.loads((work / "latent_stats.json").read_text())
+def config_with_statistics(job: Job) -> ModelConfig:
+    """The model's config with the latents' mean and deviation, measured once."""
+    path = job.work / "latent_stats.json"
+    if not path.exists():
+        vae = VideoVAE(MODEL.vae).to(job.device).eval()
+        vae.load_state_dict(averaged(job, "vae"))
+        save_statistics(latents_phase.latent_statistics(vae, job.store("train"), job.device), path)
+    statistics = json.loads(path.read_text())
     vae = replace(MODEL.vae, latents_mean=tuple(statistics["mean"]), latents_std=tuple(statistics["std"]))
     return replace(MODEL, vae=vae)
+
+
+def save_statistics(statistics: dict[str, list[float]], path: Path) -> None:
+    with whole_file(path) as part:
+        part.write_text(json.dumps(statistics) + "\n")
 
 
 def assemble(job: Job) -> FactorPortrait:
     """The whole model from the phases so far; the transformer is untrained when `dit` has not run."""
     torch.manual_seed(job.preset.seed)
-    model = FactorPortrait(config_with_statistics(job.work)).to(job.device)
+    model = FactorPortrait(config_with_statistics(job)).to(job.device)
     model.vae.load_state_dict(averaged(job, "vae"))
     neutral = code_basis(job).code(torch.zeros(len(ARKIT_NAMES), device=job.device))
     model.expression["controller"].neutral_code.copy_(neutral)
     if (job.work / "dit.pt").exists():
         model.load_state_dict(averaged(job, "dit"))
+    if (job.work / "decoder.pt").exists():
+        model.vae.load_state_dict(averaged(job, "decoder"))
     model.expression.load_state_dict(averaged(job, "expression"), strict=False)
     return model
 
@@ -172,7 +218,7 @@ def run_init(job: Job, checkpoint: Path) -> None:
         CheckpointError: the checkpoint is of another size than the presets', or of another seed.
         UserError: the work folder has states already.
     """
-    names = ("vae.pt", "expression.pt", "dit.pt", "latent_stats.json", "latents", "code_basis.pt")
+    names = ("vae.pt", "decoder.pt", "expression.pt", "dit.pt", "latent_stats.json", "latents", "code_basis.pt")
     existing = [name for name in names if (job.work / name).exists()]
     if existing:
         raise UserError(
@@ -189,27 +235,20 @@ def run_init(job: Job, checkpoint: Path) -> None:
     vae_trainer(job, model.vae).save()
     expression_trainer(job, nn.ModuleDict({name: nets[name] for name in ("encoder", "arkit")})).save()
     dit_trainer(job, model).save()
-    statistics = {"mean": model.config.vae.latents_mean, "std": model.config.vae.latents_std}
-    (job.work / "latent_stats.json").write_text(json.dumps(statistics) + "\n")
+    save_statistics({"mean": model.config.vae.latents_mean, "std": model.config.vae.latents_std}, job.work / "latent_stats.json")
     save_atomically(vars(basis), job.work / "code_basis.pt")
     log.info("%s: states of the weights of %s", job.work, checkpoint)
 
 
 def run_latents(job: Job) -> None:
     """Encode the shards that are there; run it again when there are more."""
-    statistics = job.work / "latent_stats.json"
-    if not statistics.exists():
-        vae = VideoVAE(MODEL.vae).to(job.device).eval()
-        vae.load_state_dict(averaged(job, "vae"))
-        values = latents_phase.latent_statistics(vae, job.store("train"), job.device)
-        statistics.write_text(json.dumps(values) + "\n")
-    config = config_with_statistics(job.work)
+    config = config_with_statistics(job)
     vae = VideoVAE(config.vae).to(job.device).eval()
     vae.load_state_dict(averaged(job, "vae"))
 
     def encode(split: str, name: str, shard: dict[str, np.ndarray]) -> None:
         path = job.work / "latents" / split / f"{name}.npz"
-        if not path.exists():
+        if not path.exists() and not job.out_of_time:
             latents_phase.write_shard(path, latents_phase.encode_shard(vae, shard, config, job.device))
             log.info("latents of %s/%s", split, name)
 
@@ -229,8 +268,6 @@ def run_dit(job: Job) -> None:
     trainer = dit_trainer(job, model)
     settings = trainer.settings
     trainer.resume()
-    if job.preset.compile:
-        model.dit.compile()
 
     def part_loss(model, draw, part):
         return dit_phase.dit_loss(model, draw, train, basis, settings, job.device)

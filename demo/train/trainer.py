@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import time
 import zlib
@@ -76,6 +77,7 @@ class Trainer:
         module: what is trained, on its device.
         is_matrix: whether Muon updates the parameter of this name and tensor.
         workers: threads that take parts; more than 1 means that each runs its operators on one core.
+        deadline: of `time.monotonic`, at which a run stops with its state saved, although its phase is not done.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class Trainer:
         seed: int,
         is_matrix: Callable[[str, Tensor], bool],
         workers: int = 1,
+        deadline: float = math.inf,
     ):
         self.phase, self.module, self.settings, self.work, self.seed = phase, module, settings, work, seed
+        self.deadline = deadline
         self.ema = copy.deepcopy(module).requires_grad_(False)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
@@ -135,7 +139,7 @@ class Trainer:
         before_step: Callable[[int], None] | None = None,
         log_every: int = 20,
     ) -> None:
-        """Train until the settings' end.
+        """Train until the settings' end, or until the deadline.
 
         Args:
             part_loss: module, draw, part index -> loss and what to log.
@@ -144,7 +148,7 @@ class Trainer:
         """
         seen: dict[str, list[float]] = {}
         saved_at = self.elapsed_s
-        while not self.done:
+        while not self.done and time.monotonic() < self.deadline:
             began = time.perf_counter()
             if before_step:
                 before_step(self.step)

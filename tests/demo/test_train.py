@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from torch import nn
 
 from demo.presets import CPU, MODEL, DiTSettings, PhaseSettings
 from demo.train import phases
+from demo.train import vae as vae_phase
+from demo.train.__main__ import PHASES
 from demo.train.dit import dit_loss, draw_sigmas, draw_window, is_matrix, prepare, train_only_transformer
 from demo.train.expression import MIRROR, CodeBasis, random_basis
 from demo.train.latents import LatentStore, group_frames, pack_rays, write_shard
@@ -20,8 +25,9 @@ from demo.train.sampling import euler, sample_clip, sample_stream
 from demo.train.trainer import Draw, Trainer, learning_rate
 from factorportrait.arkit import ARKIT_NAMES
 from factorportrait.errors import CheckpointError, UserError
-from factorportrait.export.checkpoint import save_checkpoint
+from factorportrait.export.checkpoint import load_checkpoint, save_checkpoint
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait
+from factorportrait.export.models.vae import VideoVAE
 from factorportrait.model_config import DiTConfig
 
 TOY = replace(
@@ -74,6 +80,17 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_run_out_of_time_keeps_what_it_has(tmp_path):
+    late = toy_trainer(tmp_path)
+    late.deadline = time.monotonic()
+    late.run(linear_loss)
+    assert late.checkpoint.exists() and late.step == 0 and not late.done
+    again = toy_trainer(tmp_path)
+    again.resume()
+    again.run(linear_loss)
+    assert again.step == 12 and again.done
+
+
 def test_threads_change_nothing(tmp_path):
     runs = [toy_trainer(tmp_path / str(workers), workers) for workers in (1, 2)]
     for run in runs:
@@ -110,6 +127,13 @@ def test_windows_fit_the_clip_and_context_carries_no_noise(step):
     assert not context[:, -1].any()
     if window.chunks is None:
         assert (sigmas == sigmas[:, :1]).all()
+
+
+def test_short_windows_are_one_chunk():
+    settings, generation = replace(CPU.dit, short_share=1.0), MODEL.generation
+    windows = [draw_window(Draw(0, "test", step, 0), settings, generation, 8) for step in range(40)]
+    assert {window.frames for window in windows} == set(range(1, generation.chunk_frames + 1))
+    assert {window.chunks for window in windows} == {None} | {(frames,) for frames in range(1, generation.chunk_frames + 1)}
 
 
 def toy_store(folder: Path, clips: int = 3) -> LatentStore:
@@ -268,6 +292,30 @@ def test_weights_of_another_size_are_refused(tmp_path, monkeypatch):
     save_checkpoint(FactorPortrait(replace(TOY, fps=30.0)), tmp_path / "released")
     with pytest.raises(CheckpointError, match="train from the start"):
         phases.run_init(toy_job(monkeypatch, tmp_path / "work"), tmp_path / "released")
+
+
+@pytest.mark.slow
+def test_every_phase_from_clips_to_figures(tmp_path, monkeypatch):
+    """All phases in order at toy size, cut by a deadline once, on clips that are rendered for it."""
+    from demo.dataset import render_dataset
+
+    monkeypatch.setattr(vae_phase, "CROPS", ((16, 9), (32, 5), (32, 1)))
+    for split in ("train", "val", "test"):
+        render_dataset(tmp_path / "data" / split, 2, 29, 32, split=split)
+    job = toy_job(monkeypatch, tmp_path / "work")
+    short = {"steps": 2, "parts": 1, "batch": 4, "validate_every": 1}
+    changed = {name: replace(getattr(CPU, name), **short) for name in ("vae", "decoder", "expression", "dit")}
+    job.preset, job.data = replace(job.preset, **changed), tmp_path / "data"
+    job.clips, job.deadline = 1, time.monotonic()
+    phases.run_vae(job)
+    assert job.out_of_time and phases.vae_trainer(job, VideoVAE(TOY.vae)).step == 0
+    job.deadline = math.inf
+    for phase in PHASES:
+        getattr(phases, f"run_{phase}")(job)
+    assert load_checkpoint(job.out).config == phases.config_with_statistics(job)
+    assert np.isfinite(json.loads((job.work / "metrics.json").read_text())["means"]["clip_shift_1"]["psnr"])
+    curves = [json.loads(line) for line in (job.work / "dit.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curves if "val_expression_followed" in line] == [1, 2]
 
 
 def test_mirrored_actions_swap_sides():
