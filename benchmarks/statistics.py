@@ -1,7 +1,7 @@
 """Is B slower than A, on a machine that others use too? Changes are ratios of times; every figure comes with its interval.
 
-Times of one machine drift, come in bursts and are correlated from one sample to the next, so the chunks of a repetition count as
-one sample, their median. Three designs, the strongest that the samples allow:
+Times of one machine drift, come in bursts and are correlated from one sample to the next, so a repetition counts as one sample,
+whatever it is made of. Three designs, the strongest that the samples allow:
 
 - `paired`: A and B took turns. Neighbours share the machine's mood, and only the ratio within a pair counts: the Hodges-Lehmann
   median of the log ratios, with the distribution-free interval of Wilcoxon's signed-rank test (Hollander, Wolfe and Chicken,
