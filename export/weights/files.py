@@ -24,6 +24,8 @@ from factorportrait.errors import CheckpointError
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
+# The network's file where other networks' files lie beside it.
+USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # What a training's pickle keeps beside each other, the best to deploy first.
 CONTAINERS = ("generator_ema", "ema", "generator", "state_dict", "model", "module")
 # What wrappers of a training put around or into names.
@@ -124,8 +126,10 @@ def _open_folder(path: Path) -> Weights:
     files = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
     if len(indices) == 1:
         return _open_index(indices[0])
-    if len(files) == 1 and not indices:
-        return open_weights(files[0])
+    usual = [path / name for name in USUAL_NAMES if (path / name).is_file()]
+    for alone in (usual, files):
+        if len(alone) == 1 and not indices:
+            return open_weights(alone[0])
     inside = sorted(file.parent.name for suffix in SUFFIXES for file in path.glob(f"*/*{suffix}"))
     found = f"{len(files)} of them" if files else "none"
     hint = f"name one of its folders: {', '.join(dict.fromkeys(inside))}" if inside and not files else "name the file itself"

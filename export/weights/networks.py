@@ -172,6 +172,8 @@ def open_vae(path: str | Path) -> Opened:
         raise _no_network(weights, "video VAE", "encoder.conv1.weight or quant_conv.weight")
     config = infer_vae(weights, layout)
     data, file = _config_beside(Path(path), weights)
+    if data and not {"vae", "base_dim"} & set(data):
+        data = None  # releases keep the transformer's config beside the VAE's file
     if data:
         config = _agreed(config, _vae_values(data, file), file)
     else:
@@ -456,14 +458,9 @@ def _transformer_values(data: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 
 def _vae_values(data: Mapping[str, Any], file: str) -> dict[str, Any]:
-    if "vae" in data and isinstance(data["vae"], Mapping):
+    if "vae" in data:
         vae = config_from_dict(VAEConfig, data["vae"], f"{file}: vae")
         return {name: getattr(vae, name) for name in data["vae"]}
-    if "base_dim" not in data:
-        raise CheckpointError(
-            file, expected='a config of ours ("vae") or of AutoencoderKLWan ("base_dim")',
-            found=", ".join(list(data)[:5]) or "an empty object", action="take the config.json that belongs to the weights",
-        )  # fmt: skip
     known = {ours: data[theirs] for theirs, ours in _DIFFUSERS_VAE.items() if data.get(theirs) is not None}
     # Through the dataclass, which checks every type; structure that shapes decide is compared, not taken.
     config = config_from_dict(VAEConfig, known, file)

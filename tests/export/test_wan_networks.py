@@ -222,6 +222,7 @@ def test_a_published_vae_needs_no_config(name, layout, tmp_path, monkeypatch):
     from factorportrait.export.weights import networks
     from factorportrait.export.weights.files import Weights
 
+    (tmp_path / "config.json").write_text('{"dim": 1536, "num_heads": 12}')  # the transformer's, as releases have it
     monkeypatch.setattr(networks, "open_weights", lambda path: Weights(lazy(weights), (tmp_path / "vae.pth",)))
     assert open_vae(tmp_path / "vae.pth").config == VAES[name]
 

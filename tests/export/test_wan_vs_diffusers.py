@@ -314,3 +314,41 @@ def test_motion_encoder_and_ray_adapter_become_graphs(tmp_path):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
         assert difference(torch.from_numpy(found), module(inputs)) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_transformer_with_text_picture_and_face_becomes_a_graph(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network = NETWORKS["animate"]
+    model = WanDiT(network.dit, network.fusion, ROWS, COLUMNS).eval()
+    model.load_state_dict(random_weights(network))
+    inputs = Inputs(network, 4)
+    inputs.streams = {name: stream[:1] for name, stream in inputs.streams.items()}
+    temb, proj = model.embed_time(torch.full((1, FRAMES), 500.0))
+    kept = (model.embed_text(inputs.text[:1]), model.embed_image(inputs.image[:1]),
+            model.embed_face(inputs.normal(1, 1 + 4 * (FRAMES - 2), FACE.code_dim)))  # fmt: skip
+    layers = network.dit.num_layers
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, noise, tokens, modulation, temb, proj, positions, *pairs):
+            pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
+            text, image, face = pairs[:layers], pairs[layers : 2 * layers], pairs[2 * layers :]
+            velocity, _ = self.model(
+                noise, tokens, modulation, temb, proj, positions, text_kv=text, image_kv=image, face_kv=face
+            )
+            return velocity
+
+    arguments = (
+        inputs.streams["noise"], model.embed_streams(inputs.streams), torch.zeros(1, FRAMES, 6, network.dit.dim), temb, proj,
+        torch.arange(FRAMES), *(tensor for pairs in kept for pair in pairs for tensor in pair),
+    )  # fmt: skip
+    torch.onnx.export(Flat().eval(), arguments, dynamo=True, opset_version=23, verbose=False).save(tmp_path / "dit.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "dit.onnx", providers=["CPUExecutionProvider"])
+    # Others than the exporter saw.
+    arguments = (arguments[0] * 0.7, *arguments[1:])
+    (found,) = session.run(None, {spec.name: a.numpy() for spec, a in zip(session.get_inputs(), arguments, strict=True)})
+    assert difference(torch.from_numpy(found), Flat()(*arguments)) <= TOLERANCE

@@ -68,6 +68,15 @@ def test_every_form_holds_the_same(tmp_path, dtype):
     assert open_weights(index).files == tuple(sorted(index.parent.glob("*.safetensors")))
 
 
+def test_a_release_folder_with_other_networks_beside(tmp_path):
+    weights = some_weights()
+    torch.save({"other": torch.zeros(2)}, tmp_path / "Wan2.1_VAE.pth")
+    torch.save({"other": torch.zeros(2)}, tmp_path / "models_t5.pth")
+    assert "found 2 of them; name the file itself" in refused(tmp_path)
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert_holds(tmp_path, weights)
+
+
 @pytest.mark.parametrize("prefix", ["model.", "model.diffusion_model.", "model._fsdp_wrapped_module.", "_orig_mod."])
 def test_a_causal_checkpoint_loses_its_wrappers(tmp_path, prefix):
     weights = some_weights()
