@@ -128,14 +128,14 @@ def build_bundle(
     started = time.perf_counter()
     checkpoint, output = Path(checkpoint), Path(output)
     targets = check_precision(precision, targets)
-    _check_output(output)
+    check_output(output)
     for package in (*WRITERS, "safetensors"):
         _version(package)
     files = checkpoint_digests(checkpoint)
     options = {"precision": precision, "targets": targets, "external": external}
     versions = {name: _version(name) for name in WRITERS}
     key = _digest({"checkpoint": files, "options": options, "sources": _source_digests(), "versions": versions})
-    if not force and (old := _bundle_with(output, key)) is not None:
+    if not force and (old := bundle_with(output, key)) is not None:
         return _report(old, True, started)
 
     _check_head(checkpoint / HEAD)
@@ -271,7 +271,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """An older bundle may be replaced; anything else that is in the way may not, nor the folder that the user is in."""
     if Path.cwd().is_relative_to(output.resolve()):
         raise UserError(
@@ -287,7 +287,7 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output {output}", expected="a folder", found="a file", action="choose another place with --output")
 
 
-def _bundle_with(output: Path, key: str) -> Bundle | None:
+def bundle_with(output: Path, key: str) -> Bundle | None:
     """The bundle at `output`, if it was made from the same sources and none of its files has changed since."""
     if not output.is_dir():
         return None

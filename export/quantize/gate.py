@@ -1,4 +1,7 @@
-"""The gate: a quantised bundle's videos against those of fp32, and against the truth. `python -m factorportrait.export.quantize.gate`."""
+"""The gate: videos of a bundle with fewer bits against those of fp32, and against the truth.
+
+`python -m factorportrait.export.quantize.gate FP32_BUNDLE BUNDLE` gives the figures of any two bundles of one checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ class _Writer:
 
 
 def _norm_and_shift(value: ir.Value) -> tuple[ir.Node, ir.Node, int] | None:
-    """The norm, the sum and the shift's index in it, if `value` is norm(x) * (1 + scale) + shift and nothing else needs its parts."""
+    """Norm, sum and the shift's index in it, if `value` is norm(x) * (1 + scale) + shift and nothing else needs its parts."""
     node = value.producer()
     while node is not None and node.op_type in ("Reshape", "Cast"):
         value = node.inputs[0]
