@@ -8,16 +8,17 @@ cd "$(dirname "$0")/.."
 minutes=${1:-9}
 shift || true
 python=${PYTHON:-python3} clips=${CLIPS:-5000} state=${STATE:-build/demo} out=${OUT:-build/demo/out}
+mkdir -p "$state/data/train" "$out"
+state=$(realpath "$state")
 data=$state/data
-mkdir -p "$data" "$out"
 
 # Where the package is not installed, its folders as pyproject.toml puts them together.
 if ! "$python" -c "import factorportrait.export" 2>/dev/null; then
-    site=$PWD/$state/site
+    site=$state/site
     mkdir -p "$site/factorportrait"
     ln -sfn "$PWD"/factorportrait/*.py "$site/factorportrait/"
     for part in export engines runtime benchmarks demo; do ln -sfn "$PWD/$part" "$site/factorportrait/$part"; done
-    export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH=$site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi
 
 workers=$(($(nproc) > 3 ? $(nproc) - 2 : 1))
