@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ CONTRACT = ("arkit.py", "bundle.py", "config.py", "model_config.py")
 # Parts of export/ that do not: the command lines.
 NOT_SOURCES = ("cli.py", "plan_cli.py")
 # What `fp-export --precision` offers: every target that it has graphs for, and those that get one unless some are named.
-OFFERED = {"fp32": TARGETS, "fp16": TARGETS}
+OFFERED = {"fp32": TARGETS, "fp16": TARGETS, "int8": ("cpu", "tensorrt")}
 # TensorRT's graphs of the transformer are exported apart, which nobody in a hurry for fp32 waits for.
 DEFAULT_TARGETS = {"fp32": ("cpu", "cuda")}
 NOTES = {("fp16", "cpu"): "half the size and no faster: ONNX Runtime's CPU kernels compute most operators in fp32"}
@@ -108,6 +108,7 @@ def build_bundle(
     targets: tuple[str, ...] | None = None,
     force: bool = False,
     external: bool = False,
+    judge: Callable[[Bundle], Mapping] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> BuildReport:
     """Export every stage of a checkpoint, check it against torch, and write the bundle when all of it is right.
@@ -115,10 +116,12 @@ def build_bundle(
     Args:
         checkpoint: folder, see `checkpoint.py`.
         output: the bundle's folder; an older bundle there is replaced at the end.
-        precision: a key of `OFFERED`.
+        precision: a key of `OFFERED` other than int8, which is `factorportrait.export.quantize.build.export_int8`.
         targets: who will run it; None for `DEFAULT_TARGETS`, or everyone that the precision has graphs for.
         force: export though nothing changed.
         external: keep all weights in files of their own, not only those that are shared or do not fit.
+        judge: called with the whole bundle before it gets its name; what it returns goes into the provenance, what it raises
+            leaves the output as it was.
         on_progress: called before each step.
 
     Raises:
@@ -128,15 +131,19 @@ def build_bundle(
     started = time.perf_counter()
     checkpoint, output = Path(checkpoint), Path(output)
     targets = check_precision(precision, targets)
+    if precision == "int8":
+        raise ValueError("precision int8: call factorportrait.export.quantize.build.export_int8")
     check_output(output)
     for package in (*WRITERS, "safetensors"):
         _version(package)
     files = checkpoint_digests(checkpoint)
     options = {"precision": precision, "targets": targets, "external": external}
+    if judge is not None:
+        options["judged"] = True
     versions = {name: _version(name) for name in WRITERS}
     key = _digest({"checkpoint": files, "options": options, "sources": _source_digests(), "versions": versions})
     if not force and (old := bundle_with(output, key)) is not None:
-        return _report(old, True, started)
+        return report_of(old, True, started)
 
     _check_head(checkpoint / HEAD)
     # Late: an up-to-date bundle needs no torch.
@@ -162,7 +169,12 @@ def build_bundle(
             },
         )  # fmt: skip
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return _report(Bundle(output), False, started)
+        if judge is not None:
+            on_progress(Progress(1, 1, "", "judge"))
+            gate = dict(judge(Bundle(folder)))
+            manifest = replace(manifest, provenance={**manifest.provenance, "gate": gate})
+            (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return report_of(Bundle(output), False, started)
 
 
 def _write_graphs(
@@ -221,7 +233,8 @@ def _write_graphs(
     return stages, own
 
 
-def _report(bundle: Bundle, up_to_date: bool, started: float) -> BuildReport:
+def report_of(bundle: Bundle, up_to_date: bool, started: float) -> BuildReport:
+    """What an export that began at `started` of `time.perf_counter` did."""
     manifest = bundle.manifest
     specs = (*manifest.stages.values(), *(spec for stages in manifest.variants.values() for spec in stages.values()))
     return BuildReport(

@@ -99,17 +99,15 @@ def export_int8(
         GateFailed: no mix of layers meets the budget, or the test clips say otherwise than the calibration's.
         UserError: checkpoint or calibration cannot be used, or the output cannot be written.
     """
-    from factorportrait.export.build import build_bundle, bundle_with, check_output
+    from factorportrait.export.build import bundle_with, check_output
 
     options = options or Options()
     cache = cache or cache_folder() / "quantize"
     check_output(output)
-    name = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:12]
     floats = {}
     for precision, target in (("fp32", "cpu"), *((("fp16", "tensorrt"),) if "tensorrt" in targets else ())):
         say(f"export {precision} for {target}")
-        folder = cache / "bundles" / f"{name}-{precision}"
-        floats[precision] = Bundle(build_bundle(checkpoint, folder, precision=precision, targets=(target,)).path)
+        floats[precision] = float_bundle(checkpoint, precision, target, cache)
     key = _source_key(floats.values(), options)
     if not force and (old := bundle_with(output, key)) is not None:
         return Outcome(old, True)
@@ -127,6 +125,15 @@ def export_int8(
         fp32, floats.get("fp16"), plan, output, samples, source_key=key, judge=judge, max_loss_db=options.max_loss_db
     )
     return Outcome(Bundle(output), False, plan, result)
+
+
+def float_bundle(checkpoint: Path, precision: str, target: str, cache: Path | None = None) -> Bundle:
+    """The bundle of a checkpoint for one target in the user's cache, exported if it is not there or not of this version."""
+    from factorportrait.export.build import build_bundle
+
+    name = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:12]
+    folder = (cache or cache_folder() / "quantize") / "bundles" / f"{name}-{precision}-{target}"
+    return Bundle(build_bundle(checkpoint, folder, precision=precision, targets=(target,)).path)
 
 
 def _source_key(bundles: Iterable[Bundle], options: Options) -> str:
