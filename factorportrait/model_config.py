@@ -295,6 +295,12 @@ class ModelConfig:
                 found=", ".join(self.fusion.streams),
                 action=CORRECT,
             )
+        for name in ("image_dim", "reference_channels", "pose_channels", "face", "ray_adapter"):
+            if getattr(self.dit, name) is not None:
+                raise CheckpointError(
+                    f"dit: {name}", expected="null: this system has no such input", found="a value",
+                    action="take a transformer without it, such as Wan's T2V or TI2V",
+                )  # fmt: skip
         if self.vae.temporal_stride != FRAMES_PER_LATENT:
             raise CheckpointError(
                 "vae: temporal_downsample",

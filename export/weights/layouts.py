@@ -218,8 +218,9 @@ def from_layout(weights: Mapping[str, Any], rows: Iterable[Row], layout: str) ->
             found[ours] = value.reshape(-1)
         else:
             found[ours] = value
+    known = _compiled(rows, "ours")
     for ours, parts in slices.items():
-        row, numbers, last = _find(ours, _compiled(rows, "ours"), "ours")
+        row, numbers, last = _find(ours, known, "ours")
         names = row.names(layout)
         missing = [names[place].format(*numbers) + last for place in range(len(names)) if place not in parts]
         if missing:
@@ -229,11 +230,6 @@ def from_layout(weights: Mapping[str, Any], rows: Iterable[Row], layout: str) ->
             )  # fmt: skip
         found[ours] = _joined([parts[place] for place in range(len(names))])
     return found
-
-
-def is_known(key: str, rows: Iterable[Row], layout: str) -> bool:
-    """Whether a name is in a row."""
-    return _match(key, _compiled(rows, layout)) is not None
 
 
 def _joined(parts: list[Any]) -> Any:

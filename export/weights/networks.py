@@ -426,9 +426,9 @@ def _infer_rays(size: _Shapes) -> RayAdapterConfig:
     blocks = 0
     while size.has(f"control_adapter.residual_blocks.{blocks}.conv1.weight"):
         blocks += 1
-    default = RayAdapterConfig()
-    channels = size("control_adapter.conv.weight", 1)
-    return replace(default, channels=channels // default.downscale**2, num_blocks=max(blocks, 1))
+    # Six ray channels of four frames; what is left of the convolution's channels are the pixels of a cell.
+    cell = size("control_adapter.conv.weight", 1) // RayAdapterConfig.channels
+    return RayAdapterConfig(downscale=max(round(cell**0.5), 1), num_blocks=max(blocks, 1))
 
 
 def _transformer_values(data: Mapping[str, Any], file: str) -> dict[str, Any]:
