@@ -92,15 +92,18 @@ class TorchEngine:
         return buffer.view(-1)[start : start + prod(shape)].view(shape)
 
     def mirror(self, buffer: torch.Tensor) -> np.ndarray:
-        """See `factorportrait.engines.base.Engine`."""
-        if buffer.device.type == "cpu":
+        """See `factorportrait.engines.base.Engine`. NumPy has no bfloat16: the host holds such a buffer in float32."""
+        torch = self.torch
+        dtype = torch.float32 if buffer.dtype == torch.bfloat16 else buffer.dtype
+        if buffer.device.type == "cpu" and dtype == buffer.dtype:
             return buffer.numpy()
-        return self.torch.zeros(buffer.shape, dtype=buffer.dtype, pin_memory=self.device.startswith("cuda")).numpy()
+        return torch.zeros(buffer.shape, dtype=dtype, pin_memory=self.device.startswith("cuda")).numpy()
 
     def copy(self, source: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray) -> None:
         """See `factorportrait.engines.base.Engine`."""
         source, target = (self.torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in (source, target))
-        if source.dtype != target.dtype or source.shape != target.shape:
+        alike = source.dtype == target.dtype or {source.dtype, target.dtype} == {self.torch.float32, self.torch.bfloat16}
+        if not alike or source.shape != target.shape:
             raise ValueError(
                 f"copy of {dtype_name(source)} {list(source.shape)} to {dtype_name(target)} {list(target.shape)}"
             )

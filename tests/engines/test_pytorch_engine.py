@@ -86,3 +86,12 @@ def test_what_torch_cannot_run_is_refused(bundle, tiny_checkpoint, tiny_bundle):
         TorchEngine(quantised, tiny_checkpoint, device="cpu")
     with pytest.raises(UserError, match="dtype; expected float32"):
         TorchEngine(bundle, tiny_checkpoint, device="cpu", dtype="int4")
+
+
+def test_bfloat16_stays_near(bundle, by_ort, tiny_checkpoint):
+    """Eight bits of mantissa; NumPy has no such type, so the host holds those buffers in float32."""
+    opened = OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu", dtype="bfloat16"))
+    options = {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "steps": 2, "seed": 3}
+    (latents, _), (expected, _) = (latents_and_pictures(each, 13, **options) for each in (opened, by_ort))
+    error = np.linalg.norm(latents - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.05
