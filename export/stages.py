@@ -257,6 +257,7 @@ def dit_inputs(
     seed: int = 0,
     noise_latents: Tensor | None = None,
     conditions: dict[str, Tensor] | None = None,
+    draw_past: bool = False,
 ) -> dict[str, Tensor]:
     """Inputs of `dit` for F latent frames that see P cached ones, made by the networks that feed it.
 
@@ -266,6 +267,7 @@ def dit_inputs(
         seed: of everything that is drawn.
         noise_latents: [1,C,F,h,w]; None draws them.
         conditions: inputs of `condition_embed` for F latent frames; None draws them.
+        draw_past: draw the cached keys and values too. Computing them takes as long as a step, minutes for a large model.
     """
     make = Examples(model, seed)
     dit, controller, config = model.dit, model.expression["controller"], model.config.dit
@@ -286,20 +288,32 @@ def dit_inputs(
         text_kv = None
         if config.text_dim is not None:
             text_kv = dit.embed_text(make.normal(1, EXAMPLE_TEXT, config.text_dim))
-        # Keys and values that these blocks would have kept of P earlier frames.
-        earlier = max(past, 1)
-        old = make.codes(earlier)
-        old_temb, old_proj = dit.embed_time(torch.zeros(1, earlier))
-        _, kept = dit(
-            make.latents(earlier), ConditionStage(dit)(**condition_inputs(model, earlier, seed + 1)),
-            controller(old, controller.initial_state(old[:, 0]))[0], old_temb, old_proj,
-            torch.arange(earlier), text_kv=text_kv,
-        )  # fmt: skip
+        kept = _drawn_past(model, make, past) if draw_past else _computed_past(model, make, past, seed, text_kv)
     for prefix, pairs in (("past", kept), ("text", text_kv)):
         for i, (k, v) in enumerate(pairs or []):
             length = past if prefix == "past" else k.shape[1]
             inputs[f"{prefix}_k.{i}"], inputs[f"{prefix}_v.{i}"] = k[:, :length], v[:, :length]
     return inputs
+
+
+def _computed_past(
+    model: FactorPortrait, make: Examples, past: int, seed: int, text_kv: list[tuple[Tensor, Tensor]] | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values that the blocks would have kept of P earlier frames."""
+    dit, controller, earlier = model.dit, model.expression["controller"], max(past, 1)
+    old = make.codes(earlier)
+    old_temb, old_proj = dit.embed_time(torch.zeros(1, earlier))
+    _, kept = dit(
+        make.latents(earlier), ConditionStage(dit)(**condition_inputs(model, earlier, seed + 1)),
+        controller(old, controller.initial_state(old[:, 0]))[0], old_temb, old_proj,
+        torch.arange(earlier), text_kv=text_kv,
+    )  # fmt: skip
+    return kept
+
+
+def _drawn_past(model: FactorPortrait, make: Examples, past: int) -> list[tuple[Tensor, Tensor]]:
+    shape = (1, past, model.config.tokens_per_frame, model.config.dit.dim)
+    return [(make.normal(*shape), make.normal(*shape)) for _ in model.dit.blocks]
 
 
 def in_place_inputs(model: FactorPortrait, frames: int, used: int, first: int, seed: int = 0, **given) -> dict[str, Tensor]:
@@ -345,7 +359,7 @@ def dit_stage(model: FactorPortrait, start: int = 0, end: int | None = None) -> 
     """
     end = len(model.dit.blocks) if end is None else end
     module = DiTRange(model.dit, start, end).eval()
-    inputs = dit_inputs(model, EXAMPLE_FRAMES, EXAMPLE_PAST)
+    inputs = dit_inputs(model, EXAMPLE_FRAMES, EXAMPLE_PAST, draw_past=True)
     if start:
         before = DiTRange(model.dit, 0, start)
         with torch.no_grad():
@@ -368,7 +382,7 @@ def in_place_stage(model: FactorPortrait, capacity: int | None = None) -> Stage:
         capacity: slots of the cache, the reference among them, for a back end that wants a fixed number; None for as many as used.
     """
     module = InPlaceDiT(model.dit, capacity).eval()
-    inputs = in_place_inputs(model, EXAMPLE_FRAMES, EXAMPLE_PAST, 1)
+    inputs = in_place_inputs(model, EXAMPLE_FRAMES, EXAMPLE_PAST, 1, draw_past=True)
     shapes = {name: _DIT_SHAPES.get(name.split(".")[0]) for name in module.input_names}
     rows = model.config.tokens_per_frame
     for name in module.input_names:

@@ -1,17 +1,19 @@
 """Every graph for TensorRT, of the demo's config and of two blocks at Wan-1.3B's real widths, becomes a plan.
 
 Weights are random: whether a graph compiles depends on its types and sizes. Needs `import tensorrt`; the build-only one compiles
-without a GPU.
+without a GPU. Minutes, not seconds: most of them go by in torch's exporter, so each graph is exported once for all precisions.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
-import torch
 from helpers import randomise
 from plan_bundles import MACHINE, write_bundle
 
@@ -20,6 +22,12 @@ from factorportrait.config import VAEConfig
 from factorportrait.engines.tensorrt.build import get_plan, requests_of
 from factorportrait.engines.tensorrt.plans import Options, PlanStore
 from factorportrait.errors import UserError
+from factorportrait.export.graphs import WeightFiles, tensor_specs, write_graph
+from factorportrait.export.models.factorportrait import FactorPortrait
+from factorportrait.export.quantize.bundles import int8_graph
+from factorportrait.export.quantize.recipe import Activation, Activations, Recipe, make_recipe, named_layers
+from factorportrait.export.stages import stages_of
+from factorportrait.export.variants import FAMILIES, Context, graph_variants
 from factorportrait.model_config import DiTConfig, GenerationConfig, ModelConfig
 
 tensorrt = pytest.importorskip("tensorrt", reason="no TensorRT here, so no graph is compiled", exc_type=ImportError)
@@ -32,44 +40,92 @@ WAN = ModelConfig(
     dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=2),
     generation=GenerationConfig(chunk_frames=3, window_frames=9, max_clip_frames=21),
 )  # fmt: skip
+STAGES = {
+    "vae_encode_first", "vae_encode_steady", "vae_decode_first", "vae_decode_steady", "expression_encoder", "arkit_encoder",
+    "expression_controller", "condition_embed", "time_embed", "dit", "dit_inplace",
+}  # fmt: skip
 
 
-def export(config: ModelConfig, precision: str, folder: Path) -> Bundle:
-    """Every stage's graph for TensorRT. Not by `build_bundle`, which would compare each with torch."""
-    from factorportrait.export.graphs import WeightFiles, tensor_specs, write_graph
-    from factorportrait.export.models.factorportrait import FactorPortrait
-    from factorportrait.export.stages import stages_of
-    from factorportrait.export.variants import FAMILIES, Context, graph_variants
+@dataclass(frozen=True)
+class Exported:
+    """The fp16 bundle for TensorRT of a config, as `fp-export` writes it but for the comparison with torch."""
 
+    name: str
+    bundle: Bundle
+
+    def graphs(self) -> Iterator[tuple[str, ir.Model]]:
+        for name, spec in self.bundle.manifest.stages.items():
+            yield name, ir.load(self.bundle.file(spec.file))
+
+
+def write(graphs: Iterator[tuple[str, ir.Model]], config: ModelConfig, folder: Path) -> Bundle:
     folder.mkdir(parents=True)
-    with torch.no_grad():
-        model = FactorPortrait(config).eval().requires_grad_(False)
-        randomise(model)
-    context, specs = Context(model), []
-    for stage in stages_of(model):
-        (variant,) = graph_variants(stage, precision, ("tensorrt",), context)
-        tensors = tensor_specs(variant.graph.graph.inputs), tensor_specs(variant.graph.graph.outputs)
-        weights = WeightFiles(folder, FAMILIES.get(stage.name, stage.name))
-        file, *data = write_graph(variant.graph, folder, stage.name, weights)
-        specs.append(StageSpec(stage.name, file, *tensors, data=tuple(data)))
+    specs, weights = [], {}
+    for stage, graph in graphs:
+        family = FAMILIES.get(stage, stage)
+        weights.setdefault(family, WeightFiles(folder, family))
+        file, *data = write_graph(graph, folder, stage, weights[family])
+        specs.append(StageSpec(stage, file, tensor_specs(graph.graph.inputs), tensor_specs(graph.graph.outputs), data=tuple(data)))
     return Bundle(write_bundle(folder, tuple(specs), config=config))
 
 
-@pytest.mark.parametrize("precision", ["fp16"])
-@pytest.mark.parametrize("name", ["demo", "wan"])
-def test_every_graph_compiles(name, precision, tmp_path):
-    config = WAN if name == "wan" else ModelConfig.from_dict(json.loads(DEMO.read_text()))
-    bundle = export(config, precision, tmp_path / "bundle")
-    store, refused, uses = PlanStore(tmp_path / "plans"), {}, {}
+@pytest.fixture(scope="module", params=["demo", "wan"])
+def exported(request, tmp_path_factory) -> Exported:
+    config = WAN if request.param == "wan" else ModelConfig.from_dict(json.loads(DEMO.read_text()))
+    model = FactorPortrait(config).eval().requires_grad_(False)
+    randomise(model)
+    context = Context(model)
+
+    def graphs() -> Iterator[tuple[str, ir.Model]]:
+        for stage in stages_of(model):
+            (variant,) = graph_variants(stage, "fp16", ("tensorrt",), context)
+            yield stage.name, variant.graph
+
+    return Exported(request.param, write(graphs(), config, tmp_path_factory.mktemp(request.param) / "fp16"))
+
+
+def drawn_recipe(exported: Exported) -> Recipe:
+    """What the reviewed table makes of activations that nobody has measured."""
+    generator = np.random.default_rng(0)
+    seen = Activations({}, {})
+    paths = {name: exported.bundle.file(spec.file) for name, spec in exported.bundle.manifest.stages.items()}
+    for stage, graph in exported.graphs():
+        for name, layer in named_layers(stage, graph).items():
+            for side, axis in ((seen.inputs, 1 - layer.axis), (seen.results, layer.axis)):
+                side[name] = Activation()
+                side[name].add(generator.standard_normal((8, layer.shape[axis]), np.float32), layer.kind)
+    return make_recipe(paths, seen, exported.bundle.config.dit.num_layers)
+
+
+def compile_all(bundle: Bundle, folder: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes of the plan of each stage, and why the others have none."""
+    store, sizes, refused = PlanStore(folder), {}, {}
     for request in requests_of(bundle, HERE, Options()):
-        stage = request.spec.name
-        uses[stage] = [profile.name for profile in request.profiles]
         try:
             plan, _ = get_plan(store, request, notice=lambda line: None)
-            assert plan.bytes > 0
+            sizes[request.spec.name] = plan.bytes
         except UserError as error:
-            refused[stage] = str(error)
-    assert refused == {}
-    assert uses["dit"] == ["stream", "clip"] and uses["dit_inplace"] == ["stream"]
-    vae = {f"vae_{direction}_{part}" for direction in ("encode", "decode") for part in ("first", "steady")}
-    assert vae | {"expression_encoder", "arkit_encoder", "expression_controller", "condition_embed", "time_embed"} <= set(uses)
+            refused[request.spec.name] = str(error)
+    return sizes, refused
+
+
+def test_fp16(exported, tmp_path):
+    profiles = {
+        request.spec.name: [profile.name for profile in request.profiles]
+        for request in requests_of(exported.bundle, HERE, Options())
+    }
+    assert profiles["dit"] == ["stream", "clip"] and profiles["dit_inplace"] == ["stream"]
+    assert profiles["vae_decode_steady"] == []
+    sizes, refused = compile_all(exported.bundle, tmp_path / "plans")
+    assert refused == {} and set(sizes) == STAGES
+
+
+def test_int8(exported, tmp_path):
+    recipe = drawn_recipe(exported)
+    assert sum(layer.mode == "int8" for layer in recipe.layers.values()) > 6 * exported.bundle.config.dit.num_layers
+    graphs = ((stage, int8_graph(stage, graph, recipe, "tensorrt")) for stage, graph in exported.graphs())
+    bundle = write(graphs, exported.bundle.config, tmp_path / "int8")
+    pairs = sum(node.op_type == "QuantizeLinear" for node in ir.load(bundle.file("dit.onnx")).graph)
+    assert pairs >= 4 * bundle.config.dit.num_layers
+    sizes, refused = compile_all(bundle, tmp_path / "plans")
+    assert refused == {} and set(sizes) == STAGES
