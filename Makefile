@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+BENCH ?= docs/bench
 # Where torch comes from. Without an NVIDIA GPU: wheels without CUDA, gigabytes smaller; if that index cannot be reached, or
 # TORCH_INDEX is empty, the usual one.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
@@ -14,11 +15,21 @@ STAMP_DEV := $(VENV)/.installed-dev
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 BUILT_FROM := pyproject.toml $(shell find cpp_ext -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt')
 
-.PHONY: demo test test-full lint sanitize clean
+.PHONY: demo bench bench-smallest test test-full lint sanitize clean
 
 demo: $(STAMP_DEMO)
 	$(BIN)/fp-export --precision fp32 --output $(OUT)/demo-fp32
 	$(BIN)/fp-run $(OUT)/demo-fp32 --output $(OUT)/demo.mp4 --side-by-side --json
+
+# Times the demo beside its peers, minutes long on a quiet machine. $(BENCH) holds the sample that is committed.
+bench: $(STAMP_DEV)
+	$(BIN)/fp-bench run --cases demo --output $(BENCH)
+	$(BIN)/fp-bench report $(BENCH)
+
+# The whole command in seconds, so that it cannot rot; its figures mean nothing.
+bench-smallest: $(STAMP_DEV)
+	$(BIN)/fp-bench run --cases smallest --quick --output $(OUT)/bench-smallest
+	$(BIN)/fp-bench report $(OUT)/bench-smallest
 
 test: $(STAMP_DEV)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -85,7 +85,7 @@ class Case:
     chunk: int | None = None
     guidance: str = "1"
     threads: int | None = None
-    frames: int = 93
+    frames: int = 57
     target_fps: float | None = None
     io: bool = False
     repetitions: int = 6

@@ -40,6 +40,7 @@ time each stage was busy, and `critical_path` which stages bound it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -376,8 +377,9 @@ class Report:
 
 
 def to_json(report: Report) -> str:
-    """The file's text; numbers are kept as measured."""
-    return json.dumps(asdict(report), indent=1, allow_nan=False) + "\n"
+    """The file's text; numbers are kept as measured, and a list of numbers stays on one line."""
+    text = json.dumps(asdict(report), indent=1, allow_nan=False)
+    return re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
 
 
 def write_report(path: str | Path, report: Report) -> Path:

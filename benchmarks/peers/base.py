@@ -67,6 +67,11 @@ def missing_package(module: str, extra: str) -> str:
     return ""
 
 
+def milliseconds(nanoseconds: int) -> float:
+    """Exact to the nanosecond, and short in a report."""
+    return round(1e-6 * nanoseconds, 6)
+
+
 @dataclass
 class ChunkClock:
     """Cuts one repetition into chunks. Times are `time.perf_counter_ns`.
@@ -84,21 +89,22 @@ class ChunkClock:
 
     def pushed(self, start_ns: int, end_ns: int, *, same_frame: bool = False) -> None:
         """A driving frame was taken; `same_frame`: the call belongs to the frame before (the end of the clip)."""
-        duration = 1e-6 * (end_ns - start_ns)
+        duration = milliseconds(end_ns - start_ns)
         if same_frame and self.pushes:
-            self.pushes[-1] += duration
+            self.pushes[-1] = round(self.pushes[-1] + duration, 6)
         else:
             self.pushes.append(duration)
 
     def chunk(self, frames: int, past_frames: int, steady: bool, end_ns: int) -> None:
         """A chunk is ready."""
-        stages: dict[str, float] = {}
+        stages: dict[str, int] = {}
         spans = []
         for span in number_steps(self.spans):
-            stages[span.stage] = stages.get(span.stage, 0.0) + 1e-6 * (span.end_ns - span.start_ns)
-            spans.append(Span(span.stage, 1e-6 * (span.start_ns - self.begin_ns), 1e-6 * (span.end_ns - self.begin_ns)))
-        wall_ms = 1e-6 * (end_ns - self.begin_ns)
-        self.chunks.append(Chunk(frames, past_frames, steady, wall_ms, tuple(self.pushes), stages))
+            stages[span.stage] = stages.get(span.stage, 0) + span.end_ns - span.start_ns
+            spans.append(Span(span.stage, milliseconds(span.start_ns - self.begin_ns), milliseconds(span.end_ns - self.begin_ns)))
+        stage_ms = {name: milliseconds(duration) for name, duration in stages.items()}
+        wall_ms = milliseconds(end_ns - self.begin_ns)
+        self.chunks.append(Chunk(frames, past_frames, steady, wall_ms, tuple(self.pushes), stage_ms))
         self.spans_ms.append(tuple(spans))
         self.spans.clear()
         self.pushes.clear()

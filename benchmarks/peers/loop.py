@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from factorportrait.benchmarks.cases import CHECKPOINT, Case, synthetic_driving
-from factorportrait.benchmarks.peers.base import ChunkClock, Peer, Sample
+from factorportrait.benchmarks.peers.base import ChunkClock, Peer, Sample, milliseconds
 from factorportrait.benchmarks.schema import Memory, Startup
 from factorportrait.bundle import Bundle
 from factorportrait.engines.choose import obstacle
@@ -87,7 +87,7 @@ class LoopSubject:
         if pictures:
             clock.pushed(before, after, same_frame=True)
             ready(pictures, after)
-        return Sample(1e-6 * (begin - start), 1e-6 * (first - start), tuple(clock.chunks), tuple(clock.spans_ms))
+        return Sample(milliseconds(begin - start), milliseconds(first - start), tuple(clock.chunks), tuple(clock.spans_ms))
 
     def _ends(self, num_frames: int, stack: contextlib.ExitStack) -> tuple[Iterator, Callable[[list], None] | None]:
         """The driving, and what takes the pictures: memory, or the shipped files and a video."""

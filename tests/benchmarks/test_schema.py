@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from latency_reports import make_report
+from whole_report import make_report
 
 from factorportrait.benchmarks.schema import REPORT_FILE, SCHEMA, read_report, to_json, write_report
 from factorportrait.errors import UserError
