@@ -120,6 +120,8 @@ class HostStage:
         runner = engine.load(name)
         self.spec = runner.spec
         inputs, outputs = (allocate(engine, side, sizes) for side in (runner.spec.inputs, runner.spec.outputs))
+        if engine.in_place:
+            outputs |= {name: inputs[twin] for name in outputs if (twin := updated_input(name)) in inputs}
         self._call = runner.bind(inputs, outputs)
         self._inputs, self._outputs = (
             {name: Mirrored(engine, buffer) for name, buffer in side.items()} for side in (inputs, outputs)
@@ -134,6 +136,11 @@ class HostStage:
             mirrored.send()
         self._call()
         return {name: mirrored.fetch() for name, mirrored in self._outputs.items()}
+
+
+def updated_input(output: str) -> str:
+    """The input whose memory an output updates, if the stage has one of this name: `cache_k.3` for `cache_k_out.3`."""
+    return output.replace("_out.", ".")
 
 
 def run_once(engine: Engine, name: str, arrays: Arrays) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from factorportrait.bundle import TARGETS, Bundle, Manifest
 from factorportrait.command import run_command
-from factorportrait.export import build, plan_cli
+from factorportrait.export import build, plan_cli, verify
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, is_shipped_checkpoint, shipped_checkpoint
 
 COMMAND = "fp-export"
@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["plans"]:
         options = plan_cli.plans_parser(COMMAND).parse_args(arguments[1:])
         return run_command(COMMAND, lambda: plan_cli.run_plans(options))
+    if arguments[:1] == ["verify"]:
+        options = verify.parser(COMMAND).parse_args(arguments[1:])
+        return run_command(COMMAND, lambda: verify.run(options))
     options = _export_parser().parse_args(arguments)
     return run_command(COMMAND, lambda: _export(options))
 
@@ -43,7 +46,8 @@ def _export_parser() -> argparse.ArgumentParser:
         prog=COMMAND,
         description="Export a checkpoint to a bundle of ONNX graphs, each checked against torch.",
         epilog="fp-export inspect BUNDLE prints a bundle, build BUNDLE builds its TensorRT plans, plans list and plans prune look "
-        "after them; each has --help. A checkpoint called inspect is ./inspect.",
+        "after them, verify BUNDLE compares its graphs on every engine with fp32; each has --help. A "
+        "checkpoint called inspect is ./inspect.",
     )
     parser.add_argument(
         "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT",
