@@ -21,7 +21,11 @@ class ResidualBlock(nn.Module):
 
 
 class RayAdapter(nn.Module):
-    """Rays at the size of the frames -> tokens."""
+    """Rays at the size of the frames -> tokens.
+
+    Its channels are those of its training: value c of frame t (0..3) of a latent frame lies at 4c + t, and c counts the moment
+    o x d, then the direction d. (FactorPortrait's packed rays are one frame after the other.)
+    """
 
     def __init__(self, config: RayAdapterConfig, dit: DiTConfig):
         super().__init__()
