@@ -6,6 +6,7 @@ Shapes decide. A config adds what shapes cannot say (heads, eps), and where both
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -299,6 +300,13 @@ def with_streams(
     return {**tensors, "patch_embedding.weight": LazyTensor(shape, old.dtype, load)}, declared
 
 
+# A layer of the encoder: its level and place (2.1 counts through all levels), and what it is.
+_ENCODER_LAYER = re.compile(
+    r"encoder\.(?:downsamples|down_blocks)\.(\d+)(?:\.(?:downsamples|resnets)\.(\d+)|\.(downsampler))?"
+    r"\.(residual\.2|conv1|resample\.1|time_conv)\.weight"
+)
+
+
 def infer_vae(weights: Weights, layout: str) -> VAEConfig:
     """Sizes of a video VAE from its shapes, without the statistics of its latents.
 
@@ -306,45 +314,39 @@ def infer_vae(weights: Weights, layout: str) -> VAEConfig:
         CheckpointError: a weight is missing that says one.
     """
     size = _Shapes(weights.tensors, weights.where)
-    names = {
-        "original": ("conv2", "conv1", "downsamples", "upsamples", "residual.2"),
-        "diffusers": ("post_quant_conv", "conv_in", "down_blocks", "up_blocks", "conv1"),
-    }[layout]
-    latent, first, down, up, conv = names
-    nested = f"encoder.{down}.0.{'downsamples.0.residual' if layout == 'original' else 'resnets.0.conv1'}."
-    residual = any(key.startswith(nested) for key in weights.tensors)
+    latent, first = ("conv2", "conv1") if layout == "original" else ("post_quant_conv", "conv_in")
+    layers: dict[tuple[int, float], dict[str, int]] = {}
+    nested = False
+    for name in weights.tensors:
+        if match := _ENCODER_LAYER.fullmatch(name):
+            level, place, downsampler, kind = match.groups()
+            nested = nested or place is not None
+            order = int(level), math.inf if downsampler else int(place or 0)
+            layers.setdefault(order, {})[kind] = size(name, 0)
+    # Blocks up to each halving are a level; what follows the last one is a level too.
+    levels: list[list[int]] = [[]]
+    temporal = []
+    for _, layer in sorted(layers.items()):
+        if "resample.1" in layer:
+            temporal.append("time_conv" in layer)
+            levels.append([])
+        else:
+            levels[-1].append(layer.get("residual.2", layer.get("conv1", 0)))
     base_dim = size(f"encoder.{first}.weight", 0)
-    widths, temporal, blocks = [base_dim], [], 0
-    inside = {"original": f"{down}", "diffusers": "resnets"}[layout]
-    last = {"original": "downsamples.{}", "diffusers": "downsampler"}[layout]
-    flat = 0
-    while True:
-        prefix = f"encoder.{down}.{len(widths) - 1}." if residual else f"encoder.{down}."
-        stem = f"{prefix}{inside}." if residual else prefix
-        count, start = 0, 0 if residual else flat
-        while size.has(f"{stem}{start + count}.{conv}.weight"):
-            count += 1
-        if not count:
-            break
-        widths.append(size(f"{stem}{start}.{conv}.weight", 0))
-        blocks = blocks or count
-        place = prefix + last.format(count) if residual else f"{stem}{start + count}"
-        flat = start + count + 1
-        if size.has(f"{place}.resample.1.weight"):
-            temporal.append(size.has(f"{place}.time_conv.weight"))
-    if len(widths) < 2 or any(width % base_dim for width in widths):
+    blocks = {len(level) for level in levels}
+    widths = [level[0] for level in levels if level]
+    if len(blocks) != 1 or len(widths) < 2 or any(width % base_dim or not width for width in widths):
         raise CheckpointError(
-            weights.where, expected="encoder levels whose widths are multiples of the first",
-            found=", ".join(map(str, widths)), action=ADD_CONFIG,
+            weights.where, expected=f"encoder levels of one depth, whose widths are multiples of {base_dim}",
+            found="; ".join(", ".join(map(str, level)) for level in levels) or "none", action="copy the whole file",
         )  # fmt: skip
-    z_dim = size(f"{latent}.weight", 0)
-    packed = size(f"encoder.{first}.weight", 1)
-    decoder = size(f"decoder.{first}.weight", 0)
-    mult = tuple(width // base_dim for width in widths[1:])
+    mult = tuple(width // base_dim for width in widths)
+    packed, decoder = size(f"encoder.{first}.weight", 1), size(f"decoder.{first}.weight", 0)
     return VAEConfig(
-        base_dim=base_dim, z_dim=z_dim, dim_mult=mult, num_res_blocks=blocks, temporal_downsample=tuple(temporal),
+        base_dim=base_dim, z_dim=size(f"{latent}.weight", 0), dim_mult=mult, num_res_blocks=blocks.pop(),
+        temporal_downsample=tuple(temporal), residual_resampling=nested,
         decoder_base_dim=decoder // mult[-1] if decoder != base_dim * mult[-1] else None,
-        patch_size=None if packed == 3 else round((packed / 3) ** 0.5), residual_resampling=residual,
+        patch_size=None if packed == 3 else round((packed / 3) ** 0.5),
     )  # fmt: skip
 
 

@@ -213,6 +213,15 @@ def test_files_of_vaes_open(name, layout, tmp_path):
     assert all(torch.equal(vae.state_dict()[key], tensor) for key, tensor in weights.items())
 
 
+def test_a_vae_with_a_block_missing(tmp_path):
+    config = dataclasses.replace(WAN22_VAE, base_dim=8, decoder_base_dim=12)
+    weights = with_noise(VideoVAE(config), 3).state_dict()
+    gone = "encoder.downsamples.1.downsamples.1."
+    save_file({key: tensor for key, tensor in weights.items() if not key.startswith(gone)}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match="encoder levels of one depth.*found 8, 8; 16; 32, 32; 32, 32"):
+        open_vae(tmp_path / "vae.safetensors")
+
+
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("name", VAES)
 def test_a_published_vae_needs_no_config(name, layout, tmp_path, monkeypatch):
