@@ -67,7 +67,7 @@ class Case:
         io: the shipped driving is read and rendered, and a video written, inside the measured time.
         repetitions: at least so many, at most max_repetitions; they end when the 95 % interval of every row's median is within
             `interval` of it on both sides, or when max_seconds have passed.
-        cold_start: also start fresh processes and time them to their first picture.
+        cold_start: also start fresh processes of `engine` and time them to their first picture.
     """
 
     name: str

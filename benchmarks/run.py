@@ -132,10 +132,9 @@ def measure_point(run: Run, case: Case, sweep: Sweep | None) -> None:
         results = measure_case(case, workers, sweep=sweep, origin=run.started, on_round=progress(case))
     first = len(run.results)
     run.results += results
-    if case.cold_start:
-        for i, result in enumerate(results, first):
-            times = COLD_STARTS if result.peer == case.engine and not run.quick else 1
-            run.results[i] = with_cold_start(result, case, folder, times)
+    for i, result in enumerate(results, first):
+        if case.cold_start and result.peer == case.engine:
+            run.results[i] = with_cold_start(result, case, folder, 1 if run.quick else COLD_STARTS)
 
 
 @contextlib.contextmanager

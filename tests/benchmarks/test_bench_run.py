@@ -14,13 +14,10 @@ import pytest
 
 from factorportrait.benchmarks import cli, run
 from factorportrait.benchmarks.cases import Case, resolve
-from factorportrait.benchmarks.measure import LocalWorker, ProcessWorker, WorkerError, measure_case
+from factorportrait.benchmarks.measure import ProcessWorker, WorkerError, measure_case
 from factorportrait.benchmarks.peers import PEERS
-from factorportrait.benchmarks.peers.loop import LoopSubject
-from factorportrait.benchmarks.plant import GRAPHS_OF_STAGE, PlantedEngine
 from factorportrait.benchmarks.schema import Limits, read_report
 from factorportrait.bundle import Bundle
-from factorportrait.runtime.session import OpenBundle, open_bundle
 
 CASES = """
 [[case]]
@@ -70,7 +67,8 @@ def test_every_row_has_its_raw_samples_and_its_figures(report):
         assert 0.5 < result.accounted <= 1 and result.execution == "serial"
         assert result.latency.arrival_fps == 24.0 and result.latency.arrival.p50 > result.latency.per_chunk.p50
         assert result.memory.host_peak_bytes > 2**20 and result.startup.load_s > 0
-        assert result.startup.cold_start_s > result.startup.load_s
+        cold = result.startup.cold_start_s
+        assert cold > result.startup.load_s if result.peer == "onnxruntime-cpu" else cold is None
         assert {span.stage for span in result.waterfall} == {stage.name for stage in result.stages}
 
 
@@ -183,14 +181,3 @@ def test_the_list_names_cases_and_peers(capsys):
     assert cli.main(["run", "--list"]) == 0
     text = capsys.readouterr().out
     assert "smallest" in text and all(peer in text for peer in PEERS)
-
-
-def test_a_planted_slowdown_lies_in_its_stage(tiny_case, tiny_bundle):
-    """The factor is large, so that no mood of the machine can hide it; what a small one does, the trials of compare record."""
-    opened = open_bundle(tiny_bundle, threads=1)
-    slow = OpenBundle(opened.bundle, PlantedEngine(opened.engine, GRAPHS_OF_STAGE["pose"], 40.0))
-    workers = {name: LocalWorker(LoopSubject(tiny_case, each)) for name, each in (("base", opened), ("head", slow))}
-    base, head = measure_case(tiny_case, workers)
-    times = [{stage.name: stage.per_chunk.p50 for stage in result.stages} for result in (base, head)]
-    growth = {name: times[1][name] / times[0][name] for name in times[0]}
-    assert max(growth, key=growth.get) == "pose" and growth["pose"] > 10
