@@ -132,7 +132,11 @@ def _open_folder(path: Path) -> Weights:
             return open_weights(alone[0])
     inside = sorted(file.parent.name for suffix in SUFFIXES for file in path.glob(f"*/*{suffix}"))
     found = f"{len(files)} of them" if files else "none"
-    hint = f"name one of its folders: {', '.join(dict.fromkeys(inside))}" if inside and not files else "name the file itself"
+    hint = "name the file itself"
+    if any(re.search(r"-\d+-of-\d+\.", file.name) for file in files):
+        hint = f"copy the shards' index, *{INDEX_SUFFIX}, too"
+    elif inside and not files:
+        hint = f"name one of its folders: {', '.join(dict.fromkeys(inside))}"
     raise CheckpointError(f"{path}", expected="one file of weights, or one index of shards", found=found, action=hint)
 
 
@@ -193,17 +197,15 @@ def _open_pickle(path: Path) -> Weights:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global) (\S+)|to allow (\S+)", str(error))
-        found = f"a pickle that calls {next(filter(None, name.groups()))}" if name else "a pickle of something else"
-        if name is None and "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
-            found = "no pickle"
+        found = f"a pickle that calls {next(filter(None, name.groups()))}" if name else "something else"
         raise CheckpointError(
-            f"{path}", expected="tensors alone", found=f"{found}; it was not run",
-            action="save the weights as safetensors where they come from",
+            f"{path}", expected="a file of torch.save with tensors alone", found=f"{found}, which was not run",
+            action="copy it again, or save the weights as safetensors where they come from",
         ) from error  # fmt: skip
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}", expected="a whole file of torch.save",
-            found=f"{path.stat().st_size} bytes, {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            found=f"{path.stat().st_size} bytes, {str(error).partition('. ')[0] or type(error).__name__}",
             action="copy it again",
         ) from error  # fmt: skip
     notes = []

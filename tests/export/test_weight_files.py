@@ -107,7 +107,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, zipped
     monkeypatch.chdir(tmp_path)
     torch.save({"head.weight": Evil()}, "evil.pt", _use_new_zipfile_serialization=zipped)
     message = refused(tmp_path / "evil.pt")
-    assert "evil.pt; expected tensors alone; found a pickle that calls posix.system; it was not run" in message
+    assert "expected a file of torch.save with tensors alone; found a pickle that calls posix.system, which was not run" in message
     assert not (tmp_path / "ran").exists()
 
 
@@ -126,6 +126,19 @@ def test_truncated_file(tmp_path, suffix, share):
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
     assert file.name in refused(file)
+
+
+def test_no_file_of_torch_at_all(tmp_path):
+    (tmp_path / "text.pt").write_text("version https://git-lfs")
+    assert "text.pt; expected a file of torch.save with tensors alone; found something else, which was not run" in refused(
+        tmp_path / "text.pt"
+    )
+
+
+def test_shards_without_their_index(tmp_path):
+    index = write_shards(tmp_path, some_weights())
+    index.unlink()
+    assert "found 2 of them; copy the shards' index, *.safetensors.index.json, too" in refused(tmp_path)
 
 
 def test_truncated_shard_is_named(tmp_path):
