@@ -40,7 +40,6 @@ time each stage was busy, and `critical_path` which stages bound it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -377,9 +376,17 @@ class Report:
 
 
 def to_json(report: Report) -> str:
-    """The file's text; numbers are kept as measured, and a list of numbers stays on one line."""
-    text = json.dumps(asdict(report), indent=1, allow_nan=False)
-    return re.sub(r"\[\s+([-+.\deE,\s]+?)\s+\]", lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
+    """The file's text, a line per result; numbers keep six significant digits, of a second that is a microsecond."""
+
+    def line(value: Any) -> str:
+        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+        rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+        return json.dumps(rounded, separators=(",", ":"))
+
+    data = asdict(report)
+    results = ",\n".join(line(result) for result in data.pop("results"))
+    rest = ",\n".join(f"{json.dumps(name)}:{line(value)}" for name, value in data.items())
+    return f'{{{rest},\n"results":[\n{results}\n]}}\n'
 
 
 def write_report(path: str | Path, report: Report) -> Path:
