@@ -23,17 +23,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def half_bundle(tiny_checkpoint, tmp_path_factory) -> Path:
-    """The tiny checkpoint in fp16 for every target."""
-    from factorportrait.export.build import build_bundle
-
-    path = tmp_path_factory.mktemp("half") / "tiny-fp16"
-    build_bundle(tiny_checkpoint, path, precision="fp16", targets=("cpu", "cuda", "tensorrt"))
-    return path
-
-
-@pytest.fixture(scope="session")
-def open_on(tiny_bundle, half_bundle, tiny_checkpoint, tmp_path_factory):
+def open_on(tiny_bundle, tiny_fp16_bundle, tiny_checkpoint, tmp_path_factory):
     """(engine, precision, eager) -> an open bundle, or skip with what is missing."""
     from factorportrait.bundle import Bundle
     from factorportrait.runtime.session import OpenBundle
@@ -41,7 +31,7 @@ def open_on(tiny_bundle, half_bundle, tiny_checkpoint, tmp_path_factory):
     plans, kept = tmp_path_factory.mktemp("plans"), {}
 
     def make(name: str, precision: str, eager: bool):
-        bundle = Bundle({"fp32": tiny_bundle, "fp16": half_bundle}[precision])
+        bundle = Bundle({"fp32": tiny_bundle, "fp16": tiny_fp16_bundle}[precision])
         if against := obstacle(name, bundle):
             pytest.skip(f"{name} needs {against.expected}, found: {against.found}")
         if name == "onnxruntime-cpu":

@@ -21,8 +21,8 @@ def plans(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def open_tensorrt(half_bundle, plans):
-    bundle = Bundle(half_bundle)
+def open_tensorrt(tiny_fp16_bundle, plans):
+    bundle = Bundle(tiny_fp16_bundle)
     if against := obstacle("tensorrt", bundle):
         pytest.skip(f"tensorrt needs {against.expected}, found: {against.found}")
 
