@@ -198,13 +198,12 @@ def assemble(job: Job) -> FactorPortrait:
     """The whole model from the phases so far; the transformer is untrained when `dit` has not run."""
     torch.manual_seed(job.preset.seed)
     model = FactorPortrait(config_with_statistics(job)).to(job.device)
-    model.vae.load_state_dict(averaged(job, "vae"))
     neutral = code_basis(job).code(torch.zeros(len(ARKIT_NAMES), device=job.device))
     model.expression["controller"].neutral_code.copy_(neutral)
     if (job.work / "dit.pt").exists():
-        model.load_state_dict(averaged(job, "dit"))
-    if (job.work / "decoder.pt").exists():
-        model.vae.load_state_dict(averaged(job, "decoder"))
+        model.load_state_dict(averaged(job, "dit"))  # holds the other networks as they were then
+    decoded = (job.work / "decoder.pt").exists()
+    model.vae.load_state_dict(averaged(job, "decoder" if decoded else "vae"))
     model.expression.load_state_dict(averaged(job, "expression"), strict=False)
     return model
 

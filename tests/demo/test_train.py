@@ -284,6 +284,12 @@ def test_training_goes_on_from_released_weights(tmp_path, monkeypatch):
     trainer = phases.dit_trainer(job, again)
     trainer.resume()
     assert trainer.step == 0 and torch.equal(again.dit.head.head.weight, model.dit.head.head.weight.half().float())
+    # Networks that are trained further count, not the copies that the transformer's state holds.
+    vae = phases.vae_trainer(job, VideoVAE(TOY.vae))
+    vae.resume()
+    vae.ema.conv2.bias.data += 1
+    vae.save()
+    assert torch.equal(phases.assemble(job).vae.conv2.bias, vae.ema.conv2.bias)
     with pytest.raises(UserError, match="choose another --work"):
         phases.run_init(job, tmp_path / "released")
 
