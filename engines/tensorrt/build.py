@@ -169,6 +169,8 @@ def _message(line: str) -> dict | None:
 
 
 def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "its process killed, as the system does when memory is short"
     if code < 0:
         return f"a crash of the library ({signal.Signals(-code).name})"
     return f"a process that ended with code {code}"

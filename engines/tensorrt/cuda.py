@@ -39,10 +39,24 @@ class Device:
         weakref.finalize(self, runtime.cudaStreamDestroy, self.stream)
 
     def zeros(self, shape: Iterable[int], dtype: str) -> DeviceArray:
-        """New memory filled with zeros; an empty array has an address of its own, as TensorRT wants it."""
+        """New memory filled with zeros; an empty array has an address of its own, as TensorRT wants it.
+
+        Raises:
+            UserError: the GPU's memory is full.
+        """
         shape = tuple(shape)
         num_bytes = max(1, prod(shape) * np.dtype(dtype).itemsize)
-        address = int(self._call(self.runtime.cudaMalloc, num_bytes))
+        try:
+            address = int(self._call(self.runtime.cudaMalloc, num_bytes))
+        except CudaError as error:
+            if "cudaErrorMemoryAllocation" not in str(error):
+                raise
+            free, total = self.memory()
+            raise UserError(
+                "the GPU's memory", expected=f"{num_bytes / 1e6:.0f} MB free for one buffer",
+                found=f"{free / 1e6:.0f} MB free of {total / 1e6:.0f}",
+                action="end other programs that use the GPU (nvidia-smi lists them), or take a smaller window or an int8 bundle",
+            ) from error  # fmt: skip
         array = DeviceArray(address, shape, dtype, _Owner(self.runtime.cudaFree, address))
         self._call(self.runtime.cudaMemsetAsync, address, 0, num_bytes, self.stream)
         return array

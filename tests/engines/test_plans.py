@@ -236,6 +236,7 @@ def _job(tmp_path: Path) -> Job:
     "source, said",
     [
         ("import os; print('last words', flush=True); os.kill(os.getpid(), 11)", "a crash of the library (SIGSEGV)"),
+        ("import os; os.kill(os.getpid(), 9)", "its process killed, as the system does when memory is short"),
         ("import os; os._exit(7)", "a process that ended with code 7"),
         ("raise ImportError('libnvinfer.so.11')", "ImportError: libnvinfer.so.11"),
         ("__version__ = '10.9.0'", "TensorRT 10.9.0"),
