@@ -173,9 +173,10 @@ class TensorRTRunner:
         engine.cuda.synchronize()
         for name, buffer in inputs.items():
             engine.check(context.set_input_shape(name, buffer.shape), f"{stage}: the shape {buffer.shape} of {name}")
+            engine.check(context.set_tensor_address(name, buffer.address), f"{stage}: the address of {name}")
         if missing := context.infer_shapes():
             raise RuntimeError(f"TensorRT: {stage}: shapes depend on {', '.join(missing)}")
-        for name, buffer in (*inputs.items(), *outputs.items()):
+        for name, buffer in outputs.items():
             found = tuple(context.get_tensor_shape(name))
             if found != tuple(buffer.shape):
                 raise ValueError(f"stage {stage}: expected {name} {list(found)}, found {list(buffer.shape)}")
