@@ -119,32 +119,3 @@ def test_what_is_no_tiny_decoder(decoder, tmp_path):
     save_file(weights, tmp_path / "tiny.safetensors")
     with pytest.raises(CheckpointError, match="missing decoder.4.conv.2.bias"):
         open_tiny_decoder(tmp_path / "tiny.safetensors")
-
-
-@torch.no_grad()
-def test_graph_equals_torch(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    decoder = with_noise(TinyDecoder(CONFIGS["taew2_1"]), 1).eval()
-
-    class Steady(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.decoder = decoder
-
-        def forward(self, latents, *caches):
-            frames, caches = self.decoder.decode_steady(latents, caches)
-            return (frames, *caches)
-
-    generator = torch.Generator().manual_seed(2)
-    latents = torch.randn(1, 16, 1, 2, 3, generator=generator)
-    _, caches = decoder.decode_first(latents)
-    torch.onnx.export(
-        Steady().eval(), (latents, *caches), dynamo=True, opset_version=23, verbose=False,
-        input_names=["latents", *(f"cache_in.{i}" for i in range(9))],
-    ).save(tmp_path / "tiny.onnx")  # fmt: skip
-    session = onnxruntime.InferenceSession(tmp_path / "tiny.onnx", providers=["CPUExecutionProvider"])
-    inputs = [latents * 0.5, *caches]
-    found = session.run(None, {spec.name: value.numpy() for spec, value in zip(session.get_inputs(), inputs, strict=True)})
-    expected, kept = decoder.decode_steady(inputs[0], caches)
-    for one, other in zip(found, (expected, *kept), strict=True):
-        assert difference(torch.from_numpy(one), other) <= TOLERANCE

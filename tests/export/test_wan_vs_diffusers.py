@@ -298,25 +298,6 @@ def test_fun_control_camera_equals_its_description(seed):
 
 
 @torch.no_grad()
-def test_motion_encoder_and_ray_adapter_become_graphs(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    animate, rays = NETWORKS["animate"], network(FusionConfig(("noise", "image")), image_dim=12, ray_adapter=RayAdapterConfig())
-    generator = torch.Generator().manual_seed(9)
-    for name, network_of, inputs in (
-        ("motion", animate, torch.randn(2, 3, 32, 32, generator=generator)),
-        ("rays", rays, torch.randn(1, 24, 2, 32, 48, generator=generator)),
-    ):
-        model = WanDiT(network_of.dit, network_of.fusion, ROWS, COLUMNS).eval()
-        model.load_state_dict(random_weights(network_of))
-        module = (FoldedMotionEncoder(model.motion_encoder) if name == "motion" else model.control_adapter).eval()
-        path = tmp_path / f"{name}.onnx"
-        torch.onnx.export(module, (inputs,), dynamo=True, opset_version=23, verbose=False).save(path)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
-        assert difference(torch.from_numpy(found), module(inputs)) <= TOLERANCE
-
-
-@torch.no_grad()
 def test_transformer_with_text_picture_and_face_becomes_a_graph(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     network = NETWORKS["animate"]
