@@ -17,6 +17,7 @@ from rich.table import Table
 from factorportrait.bundle import TARGETS, Bundle, Manifest
 from factorportrait.command import run_command
 from factorportrait.export import build, plan_cli, verify
+from factorportrait.export.quantize import cli as quantize_cli
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, is_shipped_checkpoint, shipped_checkpoint
 
 COMMAND = "fp-export"
@@ -65,6 +66,7 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, metavar="BUNDLE", help="folder of the bundle (default: a folder of the user's cache)"
     )
+    quantize_cli.add_arguments(parser)
     parser.add_argument("--force", action="store_true", help="export even if nothing changed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
@@ -90,10 +92,22 @@ def _export(options: argparse.Namespace) -> int:
             description = f"{progress.what:6} {progress.stage}".rstrip()
             bar.update(task, description=description, completed=progress.step, total=progress.num_steps)
 
+        outcome = None
         try:
-            report = build.build_bundle(
-                checkpoint, output, precision=options.precision, targets=targets, force=options.force, on_progress=show
-            )
+            if options.precision == "int8":
+                report, outcome = quantize_cli.export_int8(
+                    options, checkpoint, output, targets, lambda line: bar.update(task, description=line, total=None)
+                )
+            else:
+                report = build.build_bundle(
+                    checkpoint, output, precision=options.precision, targets=targets, force=options.force, on_progress=show,
+                    judge=quantize_cli.judge_for(options, checkpoint, targets),
+                )  # fmt: skip
+        except quantize_cli.GateFailed as error:
+            bar.stop()
+            if not options.json:
+                quantize_cli.print_gate(Console(), error.result)
+            raise
         except build.GraphsRefused as error:
             bar.stop()
             if not options.json:
@@ -103,13 +117,16 @@ def _export(options: argparse.Namespace) -> int:
     wants_plans = options.target is not None and "tensorrt" in targets
     plans, elsewhere = plan_cli.plans_after_export(report.path) if wants_plans else (None, "")
     if options.json:
-        print(json.dumps(report.to_dict() | {"plans": plans}))
+        quality = {} if outcome is None else quantize_cli.to_dict(outcome)
+        print(json.dumps(report.to_dict() | {"plans": plans} | quality))
         return 0
     console = Console()
     if report.up_to_date:
         console.print(f"{report.path}: up to date, nothing done (--force exports again)", soft_wrap=True, markup=False)
     else:
         _print_export(console, report)
+        if outcome is not None:
+            quantize_cli.print_outcome(console, outcome)
     if plans is not None:
         plan_cli.print_plans(plans)
     elif elsewhere:

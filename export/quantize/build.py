@@ -21,8 +21,8 @@ from factorportrait.export.quantize.gate import GateFailed, GateResult, Judge, g
 from factorportrait.export.quantize.insert import LayerRecipe
 from factorportrait.export.quantize.mix import choose_mix, ranked
 from factorportrait.export.quantize.recipe import FAMILIES, Recipe, make_recipe, observe
-from factorportrait.export.quantize.samples import RecordSettings, Samples, record_samples
-from factorportrait.export.quantize.sensitivity import Cost, families_of, measure_costs
+from factorportrait.export.quantize.samples import RECORD_AGAIN, RecordSettings, Samples, record_samples
+from factorportrait.export.quantize.sensitivity import PROBES, Cost, families_of, measure_costs
 from factorportrait.files import sha256_file, whole_file, whole_folder
 from factorportrait.shipped import cache_folder
 
@@ -291,12 +291,7 @@ def _check(path: Path, reference: Path, samples: Samples, stage: str, target: st
 
     from factorportrait.export.check import angle, relative_error
 
-    if stage == "arkit_encoder":
-        # No clip of the calibration is driven by coefficients: any that a face can have will do.
-        rng = np.random.default_rng(0)
-        cases = [{"coefficients": np.clip(rng.normal(0.1, 0.3, (4, 52)), 0, 1).astype(np.float32)}]
-    else:
-        cases = samples.of(stage)[:GRAPH_SAMPLES]
+    cases = samples.of(stage)[:GRAPH_SAMPLES]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     sessions = [onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in (path, reference)]
@@ -339,8 +334,18 @@ def _fed(session, case: Mapping[str, np.ndarray], channels_last: bool) -> dict[s
 
 
 def _recorded(samples: Samples, graphs: Mapping[str, Path]) -> dict[str, list[dict[str, np.ndarray]]]:
-    """Samples of all stages but the one that clips with pictures never run."""
-    return {stage: samples.of(stage) for stage in graphs if stage != "arkit_encoder"}
+    """Samples of all stages.
+
+    Raises:
+        UserError: there is none for a network whose activations are to be quantised.
+    """
+    found = {stage: samples.of(stage) for stage in graphs}
+    for family in PROBES:
+        if not any(found[stage] for stage in graphs if FAMILIES.get(stage, stage) == family):
+            raise UserError(
+                f"calibration of stage {family}", expected="some samples", found=f"none in {samples.folder}", action=RECORD_AGAIN
+            )
+    return found
 
 
 def _figures(result: GateResult) -> dict:

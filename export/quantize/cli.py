@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from factorportrait.errors import UserError
+from factorportrait.export.quantize.gate import GateFailed, GateResult, gate_table
 
 if TYPE_CHECKING:
     from factorportrait.bundle import Bundle
@@ -81,7 +82,7 @@ def judge_for(options: argparse.Namespace, checkpoint: Path, targets: tuple[str,
 
     def judge(bundle: Bundle) -> dict:
         from factorportrait.export.quantize.build import float_bundle
-        from factorportrait.export.quantize.gate import GateFailed, Judge, gate_clips, load_limits
+        from factorportrait.export.quantize.gate import Judge, gate_clips, load_limits
 
         fp32 = float_bundle(checkpoint, "fp32", "cpu")
         result = Judge(fp32, gate_clips(fp32, options.calibration)).compare(bundle, load_limits(options.precision))
@@ -94,7 +95,6 @@ def judge_for(options: argparse.Namespace, checkpoint: Path, targets: tuple[str,
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
     """What quantising cost."""
-    from factorportrait.export.quantize.gate import gate_table
     from factorportrait.export.quantize.sensitivity import costs_table
 
     if outcome.plan is not None:
@@ -103,7 +103,19 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         left = ", ".join(mix["left_in_float"]) or "nothing"
         console.print(f"left in float beyond layers.toml to meet the budget: {left}", soft_wrap=True, markup=False)
     if outcome.gate is not None:
-        console.print(gate_table(outcome.gate))
+        print_gate(console, outcome.gate)
+
+
+def print_gate(console: Console, result: GateResult) -> None:
+    """The gate's figures."""
+    console.print(gate_table(result))
+
+
+def to_dict(outcome: Outcome) -> dict:
+    """For --json: what the manifest keeps of calibration, mix and gate, and the sensitivity report of a new plan."""
+    provenance = outcome.bundle.manifest.provenance
+    costs = [] if outcome.plan is None else [cost.to_dict() for cost in outcome.plan.costs]
+    return {"quantization": provenance.get("quantization"), "gate": provenance.get("gate"), "sensitivity": costs}
 
 
 def _is_demo(checkpoint: Path) -> bool:

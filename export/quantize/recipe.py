@@ -181,12 +181,13 @@ def probe_session(
                 model.graph.outputs.append(value)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(ir.to_proto(_inline(model)).SerializeToString(), options, ["CPUExecutionProvider"])
+    content = ir.to_proto(inline_weights(model)).SerializeToString()
+    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
     return session, [value.name for value in session.get_outputs()]
 
 
-def _inline(model: ir.Model) -> ir.Model:
-    """Weights into the graph itself, so that it can be loaded from memory."""
+def inline_weights(model: ir.Model) -> ir.Model:
+    """Weights into the graph itself, in place, so that it can be loaded from memory."""
     for value in model.graph.initializers.values():
         value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     return model

@@ -1,0 +1,164 @@
+"""What each layer costs, which stay in float for a budget, and the gate that judges the result."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from factorportrait.bundle import Bundle
+from factorportrait.errors import UserError
+from factorportrait.export.quantize import build, gate
+from factorportrait.export.quantize.bundles import write_trial
+from factorportrait.export.quantize.gate import (
+    GateFailed,
+    GateResult,
+    Judge,
+    Limits,
+    Row,
+    gate_table,
+    load_limits,
+    psnr,
+)
+from factorportrait.export.quantize.insert import INT8, LayerRecipe
+from factorportrait.export.quantize.mix import choose_mix, ranked
+from factorportrait.export.quantize.recipe import Activation, Recipe, load_rules, rule_of, smooth_factors
+from factorportrait.export.quantize.sensitivity import Cost, costs_table, groups_of, measure_costs
+
+LIMITS = Limits(35, 0.3, "")
+
+
+def result(psnr_db, limits=LIMITS):
+    return GateResult("int8", limits, (Row("clip", "clip", psnr_db, None, None),))
+
+
+def toy_recipe(count=12):
+    return Recipe({f"dit/layer{i}": LayerRecipe(INT8, 1.0) for i in range(count)}, {f"dit/layer{i}": 10 for i in range(count)})
+
+
+def toy_costs(recipe):
+    return [Cost(name, (name,), 1.0 / (1 + i), 10) for i, name in enumerate(recipe.layers)]
+
+
+@pytest.mark.parametrize("needed", [0, 1, 5, 12])
+def test_as_few_layers_as_it_takes_stay_in_float(needed):
+    recipe, tried = toy_recipe(), []
+
+    def evaluate(candidate):
+        tried.append(12 - len(candidate.candidates))
+        return result(40.0 if 12 - len(candidate.candidates) >= needed else 20.0)
+
+    mix = choose_mix(recipe, toy_costs(recipe), evaluate, lambda count, figures: None)
+    assert mix.result.passed and len(mix.in_float) == needed
+    assert mix.in_float == tuple(f"dit/layer{i}" for i in range(needed))
+    assert len(tried) <= 7
+
+
+def test_a_budget_that_cannot_be_met_gives_the_best_figures():
+    recipe = toy_recipe()
+    mix = choose_mix(
+        recipe, toy_costs(recipe), lambda candidate: result(30.0 - len(candidate.candidates)), lambda count, figures: None
+    )
+    assert not mix.result.passed and mix.result.psnr_db == pytest.approx(30.0)
+
+
+def test_order_follows_the_share_of_the_videos_error():
+    costs = [Cost("vae/a", (), 4.0, 10), Cost("vae/b", (), 1.0, 10), Cost("dit/c", (), 100.0, 10)]
+    assert [cost.group for cost in ranked(costs, {"vae": 1.0, "dit": 0.1})] == ["vae/a", "vae/b", "dit/c"]
+
+
+def test_every_group_is_measured_and_the_worst_comes_first(graphs, recorded, recipe):
+    costs = measure_costs(graphs, recorded, recipe)
+    assert {cost.group for cost in costs} == set(groups_of(recipe))
+    errors = [cost.error for cost in costs]
+    assert errors == sorted(errors, reverse=True) and 0 < errors[-1] and errors[0] < 0.1
+    qkv = next(cost for cost in costs if cost.group.endswith("blocks.0.self_attn.qkv"))
+    assert len(qkv.layers) == 3
+    assert costs_table(costs).row_count == min(20, len(costs))
+
+
+def test_equal_bundles_pass_and_figures_are_of_the_videos(fp32, clips):
+    found = Judge(fp32, clips, threads=1).compare(fp32, LIMITS)
+    assert found.passed and found.psnr_db == 100.0 and found.loss_db == 0.0
+    assert len(found.rows) == len(clips) * len(fp32.config.generation.modes)
+    assert [row.reference_db is None for row in found.rows] == [False, False, True, True]
+    assert gate_table(found).row_count == len(found.rows) + 1
+
+
+def test_psnr_by_hand():
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    assert psnr(black, black + 5) == pytest.approx(10 * np.log10(255**2 / 25))
+
+
+def test_the_gate_closes(recipe):
+    assert not result(34.9).passed and not result(float("nan")).passed
+    lost = GateResult("int8", LIMITS, (Row("clip", "clip", 40.0, 21.0, 20.6),))
+    assert lost.loss_db == pytest.approx(0.4) and not lost.passed
+    assert "0.40 dB lost" in str(GateFailed(lost, "do something"))
+    assert load_limits("int8", 0.05).max_loss_db == 0.05
+    with pytest.raises(UserError, match="gates.toml"):
+        load_limits("fp32")
+
+
+def test_plan_bundle_and_gate_end_to_end(fp32, clips, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "record_samples", lambda *args, **words: samples)
+    monkeypatch.setattr(build, "load_limits", lambda precision, budget: Limits(20.0, 5.0, ""))
+    said = []
+    plan = build.make_plan(fp32, clips, tmp_path, threads=1, say=said.append)
+    assert any("sensitivity" in line for line in said) and any(line.startswith("mix") for line in said)
+    # Again: from the cache, the same to the last digit.
+    again = build.make_plan(fp32, clips, tmp_path, say=None.__class__)
+    assert build._plan_to_dict(again) == build._plan_to_dict(plan)
+    judge = Judge(fp32, clips[:1], threads=1)
+    output = tmp_path / "int8"
+    found = build.write_int8_bundle(fp32, None, plan, output, samples, source_key="k", judge=judge)
+    bundle = Bundle(output)
+    bundle.verify()
+    assert bundle.manifest.precision == "int8" and bundle.manifest.targets == ("cpu",)
+    assert bundle.manifest.provenance["gate"]["psnr_db"] == pytest.approx(found.psnr_db, abs=1e-3)
+    assert bundle.manifest.provenance["quantization"]["mix"]["psnr_db"] > 20
+    assert all(np.isfinite(spec.check["max_relative"]) for spec in bundle.manifest.stages.values())
+    # A bundle that fails leaves the older one where it was.
+    kept = (output / "manifest.json").read_bytes()
+    monkeypatch.setattr(build, "load_limits", lambda precision, budget: Limits(99.0, 0.0, ""))
+    with pytest.raises(GateFailed, match="quality of the int8 bundle"):
+        build.write_int8_bundle(fp32, None, plan, output, samples, source_key="k", judge=judge)
+    assert (output / "manifest.json").read_bytes() == kept
+
+
+def test_an_impossible_budget_is_exit_code_2_and_a_table(fp32, clips, recipe, tmp_path, monkeypatch, capsys):
+    trial = write_trial(fp32, recipe, tmp_path / "trial")
+    monkeypatch.setattr(gate, "gate_clips", lambda bundle, folder: clips[:1])
+    monkeypatch.setattr(gate, "load_limits", lambda precision: Limits(99.0, 0.0, ""))
+    assert gate.main([str(fp32.path), str(trial.path), "--threads", "1", "--json"]) == 2
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["passed"] is False and len(figures["clips"]) == 2 and figures["psnr_db"] < 99
+
+
+def test_scales_clip_what_is_rare():
+    activation = Activation()
+    values = np.random.default_rng(0).normal(size=(4096, 8)).astype(np.float32)
+    values[0, 0] = 40.0
+    activation.add(values, "Conv")
+    assert 3 / 127 < activation.scale() < 40 / 127
+    activation = Activation()
+    activation.add(np.zeros((4, 4), np.float32), "MatMul")
+    assert activation.scale() == 1.0
+
+
+def test_smoothing_moves_the_outlier_into_the_weights():
+    largest, weights = np.array([1.0, 1.0, 100.0, 1.0]), np.ones((4, 3))
+    factors = smooth_factors(largest, [weights], 0.8)
+    assert factors.argmax() == 2 and (largest / factors).max() / (largest / factors).min() == pytest.approx(100**0.2, rel=1e-3)
+
+
+def test_the_table_knows_first_and_last_blocks_of_large_models():
+    rules = load_rules()
+    assert all(rule.reason for rule in rules)
+    for name, blocks, mode in (
+        ("dit/dit.blocks.0.ffn.0", 30, "weights"), ("dit/dit.blocks.29.ffn.0", 30, "weights"),
+        ("dit/dit.blocks.1.ffn.0", 30, "int8"), ("dit/dit.blocks.0.ffn.0", 8, "int8"), ("dit/dit.head.head", 8, "float"),
+        ("vae_decode/vae.decoder.head.2", 8, "float"), ("nobody/knows", 8, "float"),
+    ):  # fmt: skip
+        assert rule_of(name, blocks, rules).mode == mode, name
