@@ -24,6 +24,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from factorportrait.errors import UserError
+
 CONFIDENCE = 0.95  # of all intervals of a comparison together
 POWER = 0.95  # of the minimum detectable change
 MIN_ROUNDS = 4  # Student's quantile of 3 rounds is above 4 standard errors
@@ -63,20 +65,16 @@ def compare_rounds(
     base: Sequence[Sequence[float]], head: Sequence[Sequence[float]], limit: float = 0.0, rows: int = 1
 ) -> Change:
     """base, head [rounds][repetitions]: round i of both ran one after the other, in processes of their own."""
-    from scipy.stats import t
-
     ratios = np.array([math.log(np.median(h) / np.median(b)) for b, h in zip(base, head, strict=True)])
     n, mean, interval = len(ratios), float(ratios.mean()), None
     if n >= MIN_ROUNDS:
-        half = t.ppf(1 - _tail(rows), n - 1) * ratios.std(ddof=1) / math.sqrt(n)
+        half = _student(rows, n - 1) * ratios.std(ddof=1) / math.sqrt(n)
         interval = (mean - half, mean + half)
     return _change(mean, interval, limit, rows, "rounds", n)
 
 
 def compare_blocks(base: Sequence[float], head: Sequence[float], limit: float = 0.0, rows: int = 1) -> Change:
     """base, head [n], [m]: times of repetitions of two runs, each in the order of running."""
-    from scipy.stats import t
-
     logs = [np.log(np.asarray(times, float)) for times in (base, head)]
     estimate = float(np.median(logs[1]) - np.median(logs[0]))
     n = min(map(len, logs))
@@ -84,7 +82,7 @@ def compare_blocks(base: Sequence[float], head: Sequence[float], limit: float = 
     if blocks >= MIN_BLOCKS:
         rng = np.random.default_rng(0)
         medians = [np.median(times[block_indices(len(times), BOOTSTRAPS, rng)], axis=1) for times in logs]
-        half = t.ppf(1 - _tail(rows), blocks - 1) * float((medians[1] - medians[0]).std(ddof=1))
+        half = _student(rows, blocks - 1) * float((medians[1] - medians[0]).std(ddof=1))
         interval = (estimate - half, estimate + half)
     return _change(estimate, interval, limit, rows, "blocks", n)
 
@@ -92,6 +90,18 @@ def compare_blocks(base: Sequence[float], head: Sequence[float], limit: float = 
 def _tail(rows: int) -> float:
     """Probability outside on either side, so that `rows` intervals hold together."""
     return (1 - CONFIDENCE) / 2 / rows
+
+
+def _student(rows: int, freedom: int) -> float:
+    """Standard errors to either side, so that `rows` intervals hold together."""
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise UserError(
+            "fp-bench compare", expected="scipy for runs that did not take turns", found="none",
+            action='pip install "factorportrait[bench]"',
+        ) from error  # fmt: skip
+    return float(t.ppf(1 - _tail(rows), freedom))
 
 
 def _change(

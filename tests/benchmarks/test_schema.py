@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from whole_report import make_report
 
-from factorportrait.benchmarks.schema import REPORT_FILE, SCHEMA, read_report, write_report
+from factorportrait.benchmarks.schema import REPORT_FILE, SCHEMA, read_report, to_json, write_report
 from factorportrait.errors import UserError
 
 
