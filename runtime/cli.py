@@ -132,8 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint=arguments.checkpoint, device=arguments.device, notice=lambda line: print(f"fp-run: {line}", file=sys.stderr),
     )  # fmt: skip
     session = opened.session(options)
-    logging.info("engine %s (%s)", opened.engine.name, opened.engine_reason)
-    logging.info("cache %s (%s)", session.cache, session.cache_reason)
+    print(f"fp-run: engine {opened.engine.name} ({opened.engine_reason}), cache {session.cache} ({session.cache_reason})")
     if driving.num_frames is not None:
         session.check_length(driving.num_frames)
     session.set_reference(portrait)

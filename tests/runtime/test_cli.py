@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from factorportrait.bundle import SCHEMA
+from factorportrait.engines.tensorrt.machine import find_gpu
 from factorportrait.runtime.cli import main
 
 
@@ -368,3 +370,43 @@ def test_the_sound_of_the_driving_is_kept(tiny_bundle, inputs, tmp_path):
     )
     with av.open(str(tmp_path / "quiet.mp4")) as container:
         assert not container.streams.audio
+
+
+def test_the_engine_and_the_cache_are_told(tiny_bundle, tiny_checkpoint, inputs, tmp_path, capsys):
+    """One by itself, one asked for; both render the same pictures to a level."""
+    reports = []
+    for i, changes in enumerate(
+        ({"chunk": 2, "window": 4}, {"engine": "torch", "checkpoint": tiny_checkpoint, "device": "cpu", "chunk": 2, "window": 5})
+    ):
+        assert main(arguments(tiny_bundle, inputs, tmp_path / f"{i}.mp4", json=True, **changes)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        reports.append(json.loads(lines[-1]))
+        assert any(line.startswith(f"fp-run: engine {reports[-1]['engine']} (") for line in lines)
+    first, second = reports
+    assert first["engine"] != "torch" and first["engine_reason"]
+    assert (second["engine"], second["engine_reason"], second["device"]) == ("torch", "asked for", "cpu")
+    assert (first["kv_cache"], second["kv_cache"]) == ("inplace", "concat")
+    assert second["kv_cache_reason"] == "a window of 5 latent frames is no multiple of a chunk of 2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine": "cuda"}, "--engine; expected auto or tensorrt"),
+        ({"engine": "torch"}, "was exported from"),  # the tiny bundle is not of the shipped checkpoint
+        ({"cache": "inplace", "chunk": 2, "window": 5}, "--cache inplace; .*no multiple of a chunk of 2; use --cache concat"),
+    ],
+)
+def test_what_cannot_run_is_one_line(tiny_bundle, inputs, tmp_path, capsys, changes, words):
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", **changes)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.search(words, lines[0])
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_no_gpu_for_tensorrt(tiny_bundle, inputs, tmp_path, capsys):
+    gpu = find_gpu()
+    if not isinstance(gpu, str):
+        pytest.skip("this machine has a GPU")
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", engine="tensorrt")) == 2
+    assert f"--engine tensorrt; expected an NVIDIA GPU and its driver; found {gpu}" in capsys.readouterr().err
