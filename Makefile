@@ -23,7 +23,7 @@ demo: $(STAMP_DEMO)
 
 # Times the demo beside its peers, minutes long on a quiet machine. $(BENCH) holds the sample that is committed.
 bench: $(STAMP_DEV)
-	$(BIN)/fp-bench run --cases demo --output $(BENCH)
+	$(BIN)/fp-bench run --cases demo demo-int8 --output $(BENCH)
 	$(BIN)/fp-bench report $(BENCH)
 
 # The whole command in seconds, so that it cannot rot; its figures mean nothing.

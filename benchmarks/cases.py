@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from factorportrait.benchmarks.schema import Sweep
-from factorportrait.bundle import PRECISIONS, Bundle
+from factorportrait.bundle import MANIFEST, PRECISIONS, Bundle
 from factorportrait.config import config_from_dict
 from factorportrait.errors import CheckpointError, UserError
 from factorportrait.files import whole_folder
@@ -58,6 +58,7 @@ class Case:
 
     Attributes:
         bundle: "demo" or a bundle folder; model: instead of it, a shape of benchmarks/models (or a .toml) with random weights.
+        precision: None for the bundle's; for fp32 where it is exported here.
         blocks: of the model, fewer than the shape has.
         resolution: side of the square picture; an exported bundle has its own.
         checkpoint: of a bundle folder of one's own, for its rows in PyTorch.
@@ -76,7 +77,7 @@ class Case:
     model: str | None = None
     blocks: int | None = None
     resolution: int | None = None
-    precision: str = "fp32"
+    precision: str | None = None
     engine: str = DEFAULT_ENGINE
     peers: tuple[str, ...] = ()
     mode: str | None = None
@@ -106,12 +107,14 @@ class Case:
                 "repetitions and interval", expected="repetitions <= max_repetitions, and an interval between 0 and 1",
                 found=f"{self.repetitions}, {self.max_repetitions} and {self.interval:g}", action="choose other numbers",
             )  # fmt: skip
-        if self.precision not in PRECISIONS:
+        if self.precision is not None and self.precision not in PRECISIONS:
             raise CheckpointError(
                 "precision", expected=" or ".join(PRECISIONS), found=repr(self.precision), action=near(self.precision, PRECISIONS)
             )
         if self.bundle is not None and self.model is not None:
             raise CheckpointError("bundle and model", expected="one of them", found="both", action="remove one")
+        if self.model is not None and self.precision is None:
+            object.__setattr__(self, "precision", PRECISIONS[0])
         if self.model is None and self.blocks is not None:
             raise CheckpointError("blocks", expected="a model", found="a bundle, which has its own", action="remove it")
         if self.sweep is not None and (len(self.sweep) != 1 or set(self.sweep) - set(AXES) or not all(self.sweep.values())):
@@ -172,10 +175,21 @@ def load_cases(names: Sequence[str], bundle: str | None = None) -> list[Case]:
                 )  # fmt: skip
         cases += read_cases(path)
     cases = [case if case.bundle or case.model else replace(case, bundle=bundle or DEMO_NAME) for case in cases]
+    cases = [case if case.precision else replace(case, precision=_precision(case)) for case in cases]
     twice = [case.name for i, case in enumerate(cases) if case.name in {other.name for other in cases[:i]}]
     if twice:
         raise UserError("--cases", expected="names that differ", found=f"{twice[0]} twice", action="rename or leave out one")
     return cases
+
+
+def _precision(case: Case) -> str:
+    """Of the bundle folder that a case names, or what is exported for it."""
+    return PRECISIONS[0] if is_demo(case) else Bundle(case.bundle).manifest.precision
+
+
+def is_demo(case: Case) -> bool:
+    """Whether the case means the shipped demo, and not a bundle folder of that name."""
+    return case.bundle == DEMO_NAME and not Path(DEMO_NAME, MANIFEST).is_file()
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -221,7 +235,7 @@ def materialise(case: Case) -> Path:
     if case.model is not None:
         config = model_config(case)
         return _exported(f"{config.name}-{_digest(config)}", config, case.precision)
-    if case.bundle == DEMO_NAME and not Path(DEMO_NAME).is_dir():
+    if is_demo(case):
         if case.resolution is not None:
             return _resized_demo(case)
         path = default_bundle_path(DEMO_NAME, case.precision)
@@ -236,7 +250,7 @@ def materialise(case: Case) -> Path:
             f"case {case.name}: resolution", expected=f"{bundle.config.height} x {bundle.config.width}, the bundle's",
             found=str(case.resolution), action="leave it out, or measure a model's shape",
         )  # fmt: skip
-    if bundle.manifest.precision != case.precision:
+    if case.precision not in (None, bundle.manifest.precision):
         raise UserError(
             f"case {case.name}", expected=f"a bundle in {case.precision}", found=f"{case.bundle} in {bundle.manifest.precision}",
             action=f"export it with --precision {case.precision}, or change the case",

@@ -41,6 +41,7 @@ def add_run(commands) -> None:
     command.add_argument("bundle", nargs="?", help="bundle folder for cases that name none (default: the shipped demo)")
     command.add_argument("--cases", nargs="+", metavar="NAME|FILE", default=["demo"], help="default: demo")
     command.add_argument("--output", "-o", type=Path, default=Path("bench"), help="folder for the report (default bench)")
+    command.add_argument("--checkpoint", help="folder that BUNDLE was exported from, for its rows in PyTorch")
     command.add_argument("--peers", metavar="A,B", help="only these peers, instead of the cases' own")
     command.add_argument("--quick", action="store_true", help="few repetitions, wide intervals")
     command.add_argument("--list", action="store_true", help="print the shipped cases and the peers, and stop")

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from factorportrait.benchmarks.cases import CASES, Case, load_cases, materialise, near, resolve, shipped_names
+from factorportrait.benchmarks.cases import CASES, Case, is_demo, load_cases, materialise, near, resolve, shipped_names
 from factorportrait.benchmarks.limits import measure_gpu_limits, measure_limits
 from factorportrait.benchmarks.machine import describe_code, describe_machine, load_average, noise_of, versions
 from factorportrait.benchmarks.measure import Interrupted, ProcessWorker, WorkerError, bounded, measure_case
@@ -89,11 +89,13 @@ def run_cases(options: argparse.Namespace) -> int:
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
-    """The cases, their peers known and their bundles there."""
+    """The cases, their peers known; bundles that they name are there."""
     cases = load_cases(options.cases, options.bundle)
     if options.peers is not None:
         names = tuple(name.strip() for name in options.peers.split(",") if name.strip())
         cases = [replace(case, engine=names[0], peers=names[1:]) if names else replace(case, peers=()) for case in cases]
+    if options.checkpoint is not None:
+        cases = [replace(case, checkpoint=options.checkpoint) if case.bundle == options.bundle else case for case in cases]
     if options.quick:
         cases = [replace(case, **QUICK) for case in cases]
     for case in cases:
@@ -103,7 +105,7 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
                     f"case {case.name}: peer {name!r}", expected="one of " + ", ".join(PEERS), found="an unknown one",
                     action=near(name, list(PEERS)) or "choose another",
                 )  # fmt: skip
-        if case.model is None and case.bundle != "demo":
+        if case.model is None and not is_demo(case):
             materialise(case)  # nothing is made, only looked at
     return cases
 

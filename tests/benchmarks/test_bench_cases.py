@@ -69,10 +69,14 @@ def test_an_unknown_name_names_the_nearest():
         load_cases(["smalest"])
 
 
-def test_cases_without_a_source_take_the_command_lines(tmp_path):
+def test_cases_without_a_source_take_the_command_lines(tmp_path, tiny_bundle):
     file = written(tmp_path, '[[case]]\nname = "a"\n[[case]]\nname = "b"\nmodel = "tiny"')
-    assert [(case.bundle, case.model) for case in load_cases([file], "some-bundle")] == [("some-bundle", None), (None, "tiny")]
+    found = load_cases([file], str(tiny_bundle))
+    assert [(case.bundle, case.model) for case in found] == [(str(tiny_bundle), None), (None, "tiny")]
+    assert [case.precision for case in found] == ["fp32", "fp32"]
     assert load_cases([file])[0].bundle == "demo"
+    with pytest.raises(UserError, match="fp-export"):
+        load_cases([file], str(tmp_path / "none"))
 
 
 def test_a_curve_is_one_case_per_point():
