@@ -21,7 +21,6 @@ from factorportrait.bundle import (
     CONSTANTS,
     MANIFEST,
     NEUTRAL_CODE,
-    PRECISIONS,
     TARGETS,
     Bundle,
     FileEntry,
@@ -43,10 +42,16 @@ CONTRACT = ("arkit.py", "bundle.py", "config.py", "model_config.py")
 # Parts of export/ that do not: the command lines.
 NOT_SOURCES = ("cli.py", "plan_cli.py")
 # What `fp-export --precision` offers: every target that it has graphs for, and those that get one unless some are named.
-OFFERED = {"fp32": TARGETS, "fp16": TARGETS, "int8": ("cpu", "tensorrt")}
+OFFERED = {
+    "fp32": TARGETS, "fp16": TARGETS, "int8": ("cpu", "tensorrt"), "int8-weights": TARGETS, "fp8": ("tensorrt",),
+}  # fmt: skip
 # TensorRT's graphs of the transformer are exported apart, which nobody in a hurry for fp32 waits for.
 DEFAULT_TARGETS = {"fp32": ("cpu", "cuda")}
-NOTES = {("fp16", "cpu"): "half the size and no faster: ONNX Runtime's CPU kernels compute most operators in fp32"}
+NOTES = {
+    ("fp16", "cpu"): "half the size and no faster: ONNX Runtime's CPU kernels compute most operators in fp32",
+    ("int8-weights", "cuda"): "smaller files; ONNX Runtime unpacks the weights to fp16, so it is no faster than fp16",
+    ("fp8", "tensorrt"): "compiles, and its numbers are simulated on a CPU; it has not run on hardware (SM 8.9 or newer)",
+}
 INSTALL_HINT = 'install the exporter: pip install "factorportrait[export]" (in a checkout: pip install -e ".[export]")'
 
 
@@ -195,7 +200,8 @@ def _write_graphs(
     from factorportrait.export.stages import stages_of
     from factorportrait.export.variants import FAMILIES, Context, graph_variants
 
-    exported, cases, context, limit = stages_of(model), Cases(model), Context(model), threshold(precision)
+    exported, cases, limit = stages_of(model), Cases(model), threshold(precision)
+    context = Context(model, cases.longest)
     family = {stage.name: FAMILIES.get(stage.name, stage.name) for stage in exported}
     members, weights = Counter(family.values()), {name: WeightFiles(folder, name) for name in family.values()}
     stages: dict[str, StageSpec] = {}
@@ -254,9 +260,8 @@ def check_precision(precision: str, targets: tuple[str, ...] | None = None) -> t
         UserError: there is no such precision, or it has no graph for a target.
     """
     if precision not in OFFERED:
-        found = f"{precision}, which is not available yet" if precision in PRECISIONS else repr(precision)
         raise UserError(
-            "--precision", expected=" or ".join(OFFERED), found=found, action="run again with --precision fp32"
+            "--precision", expected=" or ".join(OFFERED), found=repr(precision), action="run again with --precision fp32"
         )
     possible = OFFERED[precision]
     if targets == ("all",):

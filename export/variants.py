@@ -6,13 +6,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from factorportrait.export.attention import decompose_attention, head_widths
+from factorportrait.export.fp8 import fp8_graph
 from factorportrait.export.graphs import export_stage
 from factorportrait.export.models.factorportrait import FactorPortrait
 from factorportrait.export.precision import HalfWeights
 from factorportrait.export.stages import Stage, in_place_stage
+from factorportrait.export.weight_only import quantize_weights, rounded_layers
 
 TENSORRT = "tensorrt"
 # TensorRT compiles the fused operator in half precision alone, and up to this width of a head.
@@ -39,9 +43,14 @@ class Variant:
 class Context:
     """What the graphs of all stages of one export share."""
 
-    def __init__(self, model: FactorPortrait):
+    def __init__(self, model: FactorPortrait, longest: Callable[[Stage], list[dict[str, Tensor]]]):
         self.model = model
+        self._longest = longest
         self._half: HalfWeights | None = None
+
+    def longest(self, stage: Stage) -> list[dict[str, np.ndarray]]:
+        """Inputs of a stage by name, fp32, as long as a run can have them: what scales are taken from."""
+        return [{name: case[name].numpy() for name in stage.input_names} for case in self._longest(stage)]
 
     def half(self, stage: Stage) -> Stage:
         """A stage in half precision; the weights are converted once."""
@@ -70,7 +79,32 @@ def _fp16(stage: Stage, targets: tuple[str, ...], context: Context) -> list[Vari
     return float_variants(stage, targets, context, half=True)
 
 
-PRECISION_VARIANTS: dict[str, Callable[[Stage, tuple[str, ...], Context], list[Variant]]] = {"fp32": _fp32, "fp16": _fp16}
+def _int8_weights(stage: Stage, targets: tuple[str, ...], context: Context) -> list[Variant]:
+    """ONNX Runtime fuses eight-bit weights with fp32 activations on a CPU; GPUs compute in fp16."""
+    found = []
+    for half in (False, True):
+        own = tuple(target for target in targets if (target != "cpu") == half)
+        for variant in float_variants(stage, own, context, half=half) if own else []:
+            graph = quantize_weights(stage.name, variant.graph, context.model.config.dit.num_layers, half=half)
+            found.append(dataclasses.replace(variant, graph=graph, half=None))
+    return found
+
+
+def _fp8(stage: Stage, targets: tuple[str, ...], context: Context) -> list[Variant]:
+    """fp16 but for the matrix products of the transformer's blocks, which are all that fp8 kernels are worth it for."""
+    found = []
+    for variant in float_variants(stage, targets, context, half=True):
+        if stage.name in ("dit", "dit_inplace"):
+            nodes = rounded_layers(stage.name, variant.graph, context.model.config.dit.num_layers)
+            graph = fp8_graph(variant.graph, nodes, context.longest(variant.stage))
+            variant = dataclasses.replace(variant, graph=graph, half=None)
+        found.append(variant)
+    return found
+
+
+PRECISION_VARIANTS: dict[str, Callable[[Stage, tuple[str, ...], Context], list[Variant]]] = {
+    "fp32": _fp32, "fp16": _fp16, "int8-weights": _int8_weights, "fp8": _fp8,
+}  # fmt: skip
 
 
 def float_variants(stage: Stage, targets: tuple[str, ...], context: Context, *, half: bool) -> list[Variant]:
