@@ -22,6 +22,7 @@ from factorportrait.config import VAEConfig
 from factorportrait.engines.tensorrt.build import get_plan, requests_of
 from factorportrait.engines.tensorrt.plans import Options, PlanStore
 from factorportrait.errors import UserError
+from factorportrait.export.check import Cases
 from factorportrait.export.graphs import WeightFiles, tensor_specs, write_graph
 from factorportrait.export.models.factorportrait import FactorPortrait
 from factorportrait.export.quantize.bundles import int8_graph
@@ -74,7 +75,7 @@ def exported(request, tmp_path_factory) -> Exported:
     config = WAN if request.param == "wan" else ModelConfig.from_dict(json.loads(DEMO.read_text()))
     model = FactorPortrait(config).eval().requires_grad_(False)
     randomise(model)
-    context = Context(model)
+    context = Context(model, Cases(model).longest)
 
     def graphs() -> Iterator[tuple[str, ir.Model]]:
         for stage in stages_of(model):
