@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from factorportrait.benchmarks import cases
 from factorportrait.benchmarks.cases import (
     Case,
     frames_until_steady,
@@ -18,7 +19,9 @@ from factorportrait.benchmarks.cases import (
 )
 from factorportrait.benchmarks.peers import PEERS
 from factorportrait.bundle import Bundle
+from factorportrait.checkpoint_files import read_config
 from factorportrait.errors import CheckpointError, UserError
+from factorportrait.shipped import shipped_checkpoint
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -126,6 +129,23 @@ def test_shapes_of_models():
         model_config(replace(case, model="wan-1.3"))
     with pytest.raises(UserError, match="multiples of 16"):
         model_config(replace(case, resolution=100))
+
+
+def test_the_demo_at_another_size_is_exported_from_its_own_weights(monkeypatch, tmp_path):
+    exported = []
+    monkeypatch.setattr(cases, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cases, "_export", lambda *arguments: exported.append(arguments))
+    folder = materialise(Case("c", bundle="demo", resolution=64, precision="fp32"))
+    ((checkpoint, output, precision),) = exported
+    assert (output, precision) == (folder, "fp32") and checkpoint.parent == folder.parent
+    config, shipped = read_config(checkpoint), read_config(shipped_checkpoint())
+    assert (config.height, config.width) == (64, 64) and config.dit == shipped.dit
+    assert (checkpoint / "dit.safetensors").read_bytes() == (shipped_checkpoint() / "dit.safetensors").read_bytes()
+
+
+def test_an_export_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match="expected fp-export to make it; found .*no-such-checkpoint"):
+        cases._export(tmp_path / "no-such-checkpoint", tmp_path / "out", "fp32")
 
 
 def test_numbers_that_no_case_can_have():
