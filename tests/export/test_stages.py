@@ -13,7 +13,7 @@ from factorportrait.export.stages import DiTRange, dit_inputs, dit_stage, stages
 
 TABLE = {
     "vae_encode_first", "vae_encode_steady", "vae_decode_first", "vae_decode_steady", "expression_encoder", "arkit_encoder",
-    "expression_controller", "condition_embed", "time_embed", "dit",
+    "expression_controller", "condition_embed", "time_embed", "dit", "dit_inplace",
 }  # fmt: skip
 
 
