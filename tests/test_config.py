@@ -95,7 +95,7 @@ def test_refused(change, words, tiny_config):
     for word in words:
         assert word in str(caught.value)
     # The same config in a bundle, where the way out is another.
-    whole = Manifest(tiny_config, "fp32", stages={}, files={}, provenance={}, source_key="0")
+    whole = Manifest(tiny_config, "fp32", targets=("cpu",), stages={}, files={}, provenance={}, source_key="0")
     data = json.loads(whole.to_json())
     with pytest.raises(BundleError, match="^manifest.json: config.*make the bundle again with fp-export$"):
         Manifest.from_json(json.dumps(data | {"config": edited(**change)}), "manifest.json")
