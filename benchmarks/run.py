@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import multiprocessing
+import signal
 import statistics
 import subprocess
 import sys
@@ -168,7 +169,9 @@ def keep_limits(run: Run, key: str) -> None:
     """Measure what the machine can do, in a process of its own because thread pools stay. The best figures of a run count."""
     device, _, threads = key.partition(" ")
     call = (measure_gpu_limits, run.quick) if device == "gpu" else (measure_limits, int(threads), run.quick)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Ctrl-C is for this process.
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), **quiet) as pool:
         try:
             found = pool.submit(*call).result()
         except BrokenProcessPool:
