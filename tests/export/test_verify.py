@@ -59,6 +59,17 @@ def test_every_graph_of_a_good_bundle_passes(tiny_bundle, tiny_checkpoint, cache
     assert "arkit_encoder" in capsys.readouterr().out
 
 
+def test_half_precision_passes_with_larger_errors(tiny_fp16_bundle, tiny_checkpoint, tiny_bundle, cache, tmp_path):
+    """Against torch and against the fp32 bundle: the same verdict, on the inputs that were recorded for fp32."""
+    for reference in (["--checkpoint", str(tiny_checkpoint)], ["--reference", str(tiny_bundle)]):
+        file = tmp_path / "report.json"
+        assert main(["verify", str(tiny_fp16_bundle), *reference, "--engine", "onnxruntime-cpu", "--json", str(file)]) == 0
+        report = json.loads(file.read_text(encoding="utf-8"))
+        dit = next(each for each in report["comparisons"] if each["stage"] == "dit_inplace")
+        assert report["precision"] == "fp16" and 1e-5 < dit["max_relative"] <= 1e-2 and 40 < dit["psnr_db"] < 120
+    assert len(list(cache.glob("*.npz"))) == 1
+
+
 @pytest.mark.parametrize(("change", "not_finite"), [(lambda w: w * 1.01, False), (lambda w: np.full_like(w, np.nan), True)])
 def test_a_broken_weight_fails(tiny_bundle, tiny_checkpoint, cache, tmp_path, capsys, change, not_finite):
     path = change_weight(tiny_bundle, "arkit_encoder", change, tmp_path)
