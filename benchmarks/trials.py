@@ -192,7 +192,7 @@ def write_trials(path: Path, settings: dict[str, Any], trials: list[dict[str, An
         "kind": KIND,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{machine.system}, {machine.cpu}, {machine.cores} cores",
-        "nice": os.nice(0),
+        "priority": priority(),
         "commit": code.commit,
         "settings": settings,
         "caught": sum(trial["caught"] for trial in trials),
@@ -202,6 +202,12 @@ def write_trials(path: Path, settings: dict[str, Any], trials: list[dict[str, An
     }
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(record, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
+def priority() -> str:
+    """Of this process, and on Linux of its session, which is what counts there between sessions."""
+    group = Path("/proc/self/autogroup")
+    return f"nice {os.nice(0)}" + (f", session {group.read_text().split(' ', 1)[1].strip()}" if group.is_file() else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
