@@ -40,7 +40,7 @@ class ChangePoint:
 
 @dataclass(frozen=True)
 class Series:
-    """One stage of one row on one machine; times: milliseconds per chunk [reports]."""
+    """One stage of one row on one machine; times: milliseconds of a chunk [reports], as compare takes them."""
 
     stage: str
     times: tuple[float, ...]
@@ -193,7 +193,8 @@ def history_page(found: list[Trend], skipped: Sequence[str] = ()) -> str:
     """One page that works offline."""
     parts = [
         "<h1>Latency over time</h1>",
-        '<p class="note">Medians per chunk, reports in the order of their commits. A change point (dashed) is kept when at most '
+        '<p class="note">The fastest chunk of a repetition, medians over a report; in the order of commits. '
+        "A change point (dashed) is kept when at most "
         f"{100 * SIGNIFICANCE:g} % of shuffled series have a clearer one and the level moved by {100 * MIN_CHANGE:g} % or more; "
         f"{MIN_REPORTS} reports on each side are needed, and a handful more for certainty.</p>",
     ]

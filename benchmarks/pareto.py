@@ -208,7 +208,9 @@ def pareto_page(pareto: Pareto) -> str:
         )
         plot.point(point.ms, point.quality, css, title, radius=5, hollow=not point.best)
         label = f"{point.way.steps} step{'' if point.way.steps == 1 else 's'}, w{point.way.window}"
-        plot.text(plot.x(point.ms) + 8, plot.y(point.quality) + 4, label)
+        # Below the line, and inside the frame.
+        at, late = plot.x(point.ms), plot.x(point.ms) > plot.width - 120
+        plot.text(at - 8 if late else at + 6, plot.y(point.quality) + 16, label, "end" if late else "start")
     legend = [(svg.colour(index), f"{precision}, {mode}") for index, (precision, mode) in enumerate(kinds)]
     rows = [
         ("main" if point.best else "", [escape(point.name), escape(describe(point.way)), str(point.threads), significant(point.ms),

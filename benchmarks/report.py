@@ -460,7 +460,8 @@ def roofline_figure(result: Result, report: Report, colours: dict[str, str]) -> 
     for name, rate in roofs.items():
         text = f"{name} {metric_prefix(rate, 'FLOP/s')}"
         plot.line([(x[0], copy * x[0]), (rate / copy, rate), (x[1], rate)], svg.colour(8), text)
-        plot.text(plot.x(x[1]) - 4, plot.y(rate) - 6, text, "end")
+        # Above the highest line, below the others, which may lie close together.
+        plot.text(plot.x(x[1]) - 4, plot.y(rate) + (-6 if rate == max(roofs.values()) else 14), text, "end")
     plot.text(plot.x(x[0] * 1.3) + 14, plot.y(copy * x[0] * 1.3) + 6, f"copy {metric_prefix(copy, 'B/s')}")
     seen = set()
     for stage, intensity, rate in points:
