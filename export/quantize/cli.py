@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -79,6 +80,9 @@ def judge_for(options: argparse.Namespace, checkpoint: Path, targets: tuple[str,
     if options.calibration is None and not _is_demo(checkpoint):
         _tell("quality not judged: the demo's world has no clips for this checkpoint (--calibration DIR names some)")
         return None
+    if options.calibration is None and not _has_world():
+        _tell("quality not judged: true renders need a checkout with its extra [demo] (--calibration DIR names other clips)")
+        return None
 
     def judge(bundle: Bundle) -> dict:
         from factorportrait.export.quantize.build import float_bundle
@@ -122,6 +126,13 @@ def _is_demo(checkpoint: Path) -> bool:
     try:
         return json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("name") == DEMO_CHECKPOINT
     except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _has_world() -> bool:
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in ("demo.dataset", "warp"))
+    except ImportError:
         return False
 
 
