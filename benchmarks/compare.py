@@ -299,9 +299,10 @@ def markdown(comparison: Comparison) -> str:
     lines = [
         f"### Latency: {comparison.base} → {comparison.head}", "",
         headline(comparison), "",
-        f"An alarm needs more than {100 * limits.relative:g} % and {limits.absolute_ms:g} ms per chunk, and all of the interval beyond "
-        f"that ({DESIGNS[comparison.design]}; the intervals hold for all rows at once with 95 %; detectable: the slowdown that such a "
-        "comparison catches in 19 of 20).", "",
+        f"An alarm needs more than {100 * limits.relative:g} % and {limits.absolute_ms:g} ms per chunk, and all of the interval "
+        f"beyond that ({DESIGNS[comparison.design]}; the intervals hold for all rows at once with 95 %; detectable: the slowdown "
+        "that such a comparison catches in 19 of 20).",
+        "",
         "| case | stage | base, ms | head, ms | change | interval | detectable | verdict |",
         "|---|---|--:|--:|--:|:-:|--:|---|",
     ]  # fmt: skip
