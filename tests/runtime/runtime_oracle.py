@@ -72,7 +72,7 @@ def stream(model, reference, chunks, noise, schedule, window_frames) -> torch.Te
         reference: (tokens [1, T, D], modulation [1, 6, D]) of the reference slot.
         chunks: per chunk (tokens [n, T, D], modulation [n, 6, D]).
         noise: callable (first_frame, count, step) -> [C, count, h, w].
-        schedule: rows of (timestep, sample, output, noise).
+        schedule: rows of (timestep, sample, outputs newest first, noise).
     """
     dit = model.dit
     config = dit.config
@@ -85,8 +85,8 @@ def stream(model, reference, chunks, noise, schedule, window_frames) -> torch.Te
         tokens.append(chunk_tokens)
         modulation.append(chunk_modulation)
         ranges.append((1 + first, 1 + first + count))
-        x = noise(first, count, 0)
-        for step, (timestep, sample, output, fresh) in enumerate(schedule):
+        x, velocities = noise(first, count, 0), []
+        for step, (timestep, sample, outputs, fresh) in enumerate(schedule):
             blank = torch.zeros_like(x[:, :1])
             latents = torch.cat([blank, *finished, x], dim=1)
             slots = latents.shape[1]
@@ -111,7 +111,8 @@ def stream(model, reference, chunks, noise, schedule, window_frames) -> torch.Te
             rows, columns = dit.grid
             velocity = patches.reshape(count, rows, columns, ph, pw, -1).permute(5, 0, 1, 3, 2, 4)
             velocity = velocity.reshape(-1, count, rows * ph, columns * pw)
-            x = sample * x + output * velocity
+            velocities.insert(0, velocity)
+            x = sample * x + sum(output * seen for output, seen in zip(outputs, velocities, strict=False))
             if fresh:
                 x = x + fresh * noise(first, count, step + 1)
         finished.append(x)
