@@ -84,6 +84,7 @@ def open_engine(
     *,
     threads: int | None = None,
     eager: bool = False,
+    spin: bool = True,
     checkpoint: str | Path | None = None,
     device: str | None = None,
     notice: Callable[[str], None] | None = None,
@@ -93,6 +94,7 @@ def open_engine(
     Args:
         threads: of one operator on the CPU; None for every core.
         eager: plain calls instead of bound buffers or CUDA graphs.
+        spin: on the CPU, see `factorportrait.engines.ort.session_options`.
         checkpoint, device: for torch, see `factorportrait.engines.pytorch.TorchEngine`.
         notice: is given lines for the user, such as that a plan is being built.
     """
@@ -100,7 +102,7 @@ def open_engine(
     if choice.name == "onnxruntime-cpu":
         from factorportrait.engines.ort import OrtEngine
 
-        return OrtEngine(bundle, threads, eager), choice.reason
+        return OrtEngine(bundle, threads, eager, spin), choice.reason
     if choice.name == "onnxruntime-cuda":
         from factorportrait.engines.ort_cuda import OrtCudaEngine
 

@@ -53,15 +53,19 @@ class OrtRunner:
 
 
 class OrtEngine:
-    """The CPU back end: one session per stage, all with the same number of threads."""
+    """The CPU back end: one session per stage, all with the same number of threads.
+
+    Args:
+        spin: see `session_options`.
+    """
 
     name, target, device, in_place = "onnxruntime-cpu", "cpu", "cpu", True
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, eager: bool = False):
+    def __init__(self, bundle: Bundle, threads: int | None = None, eager: bool = False, spin: bool = True):
         self.bundle = bundle
         self.eager = eager
         self.threads = threads
-        self._options = session_options(threads)
+        self._options = session_options(threads, spin)
         self._runners: dict[str, OrtRunner] = {}
 
     def load(self, name: str) -> OrtRunner:
@@ -85,13 +89,23 @@ class OrtEngine:
             np.copyto(target, source, casting="no")
 
 
-def session_options(threads: int | None) -> onnxruntime.SessionOptions:
-    """Options for low latency with one caller: `threads` inside an operator, operators one after another."""
+def session_options(threads: int | None, spin: bool = True) -> onnxruntime.SessionOptions:
+    """Options for low latency with one caller: `threads` inside an operator, operators one after another.
+
+    Args:
+        spin: a thread that waits for its share of an operator keeps its core, while a stage runs and no longer: every stage has
+            threads of its own, and those of the stage before would hold the cores that this one needs. False lets threads
+            sleep at once: somewhat slower on a quiet machine, much faster where other programs want the cores.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    if spin:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 

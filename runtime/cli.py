@@ -78,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--checkpoint", type=Path, help="the bundle's checkpoint, for --engine torch (default: the demo's)")
     machine.add_argument("--device", help="of --engine torch, such as cpu or cuda:0 (default: the GPU if there is one)")
     machine.add_argument("--threads", type=int, help="of one operator (default: every core)")
+    machine.add_argument(
+        "--no-spin", action="store_true", help="CPU threads sleep while they wait: faster where other programs want the cores"
+    )
     machine.add_argument("--eager", action="store_true", help="plain calls instead of bound buffers; the same pictures")
     machine.add_argument("--no-verify", action="store_true", help="do not compare the digests of the bundle's files")
     machine.add_argument("--verbose", "-v", action="store_true")
@@ -128,7 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
     for note in driving.notes:
         print(f"fp-run: {note}")
     opened = open_bundle(
-        bundle_path, engine=arguments.engine, threads=arguments.threads, eager=arguments.eager, verify=not arguments.no_verify,
+        bundle_path, engine=arguments.engine, threads=arguments.threads, eager=arguments.eager,
+        spin=not arguments.no_spin, verify=not arguments.no_verify,
         checkpoint=arguments.checkpoint, device=arguments.device, notice=lambda line: print(f"fp-run: {line}", file=sys.stderr),
     )  # fmt: skip
     session = opened.session(options)

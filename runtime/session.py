@@ -90,6 +90,7 @@ def open_bundle(
     engine: str | None = None,
     threads: int | None = None,
     eager: bool = False,
+    spin: bool = True,
     verify: bool = True,
     checkpoint: str | Path | None = None,
     device: str | None = None,
@@ -102,6 +103,7 @@ def open_bundle(
         engine: of `factorportrait.engines.choose.NAMES`; None takes the best one that runs the bundle here.
         threads: of one operator on the CPU; None lets the engine take every core.
         eager: plain calls instead of bound buffers and CUDA graphs; the same numbers, slower.
+        spin: threads of ONNX Runtime keep their cores while a stage runs; False is better where other programs want them.
         verify: read all files first and compare their digests.
         checkpoint, device: for the engine torch: the folder that the bundle was exported from, and where to run it.
         notice: is given lines for the user, such as that TensorRT builds a plan.
@@ -122,7 +124,7 @@ def open_bundle(
             action="export a checkpoint without dit.text_dim: this version runs no text",
         )
     loaded, reason = open_engine(
-        bundle, engine, threads=threads, eager=eager, checkpoint=checkpoint, device=device, notice=notice
+        bundle, engine, threads=threads, eager=eager, spin=spin, checkpoint=checkpoint, device=device, notice=notice
     )
     for name in STAGES:
         loaded.load(name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from runtime_oracle import relative_error
 
+from factorportrait.engines.ort import session_options
 from factorportrait.errors import UserError
 from factorportrait.export.checkpoint import load_checkpoint
 from factorportrait.export.models.factorportrait import ClipConditions
@@ -150,6 +151,21 @@ def test_same_seed_same_bytes(opened, tiny_bundle, mode):
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert np.abs(first.astype(int) - two_threads).max() <= 1
+
+
+def test_how_threads_wait_changes_no_picture(opened, tiny_bundle):
+    frames = driving_frames(opened.config, 14)
+    spinning, sleeping = (
+        render(open_bundle(tiny_bundle, threads=2, spin=spin), frames, guidance="1.5", seed=3) for spin in (True, False)
+    )
+    assert np.array_equal(np.stack(spinning), np.stack(sleeping))
+
+
+@pytest.mark.parametrize(
+    ("spin", "entry"), [(True, "session.force_spinning_stop"), (False, "session.intra_op.allow_spinning")]
+)
+def test_threads_of_one_stage_leave_the_cores_to_the_next(spin, entry):
+    assert session_options(2, spin).get_session_config_entry(entry) == ("1" if spin else "0")
 
 
 @pytest.mark.parametrize("mode", ["stream", "clip"])
