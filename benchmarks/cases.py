@@ -36,6 +36,8 @@ from factorportrait.config import config_from_dict
 from factorportrait.errors import CheckpointError, UserError
 from factorportrait.files import whole_folder
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
+from factorportrait.runtime.cache import KINDS as CACHES
+from factorportrait.runtime.session import SessionOptions
 from factorportrait.shipped import (
     DEMO_NAME,
     cache_folder,
@@ -47,6 +49,7 @@ from factorportrait.shipped import (
 HERE = Path(__file__).parent
 CASES, MODELS = HERE / "cases", HERE / "models"
 AXES = ("frames", "resolution", "window", "steps", "threads")
+MODES = ("stream", "clip")
 DEFAULT_ENGINE = "onnxruntime-cpu"
 CHECKPOINT = "checkpoint"  # folder beside the bundles that were made from it here
 DRIVING_CYCLE = 8  # different driving frames of a synthetic clip; more would only need memory
@@ -63,6 +66,7 @@ class Case:
         resolution: side of the square picture; an exported bundle has its own.
         checkpoint: of a bundle folder of one's own, for its rows in PyTorch.
         engine: the row that the others are compared with; peers: the other rows, see benchmarks/peers.
+        cache: how keys and values are kept (stream mode): auto, inplace or concat.
         threads: of one operator; None for every core.
         frames: of one repetition. The last chunk should be whole: an incomplete one is not steady.
         io: the shipped driving is read and rendered, and a video written, inside the measured time.
@@ -85,6 +89,7 @@ class Case:
     window: int | None = None
     chunk: int | None = None
     guidance: str = "1"
+    cache: str = "auto"
     threads: int | None = None
     frames: int = 57
     target_fps: float | None = None
@@ -111,6 +116,10 @@ class Case:
             raise CheckpointError(
                 "precision", expected=" or ".join(PRECISIONS), found=repr(self.precision), action=near(self.precision, PRECISIONS)
             )
+        for name, known in (("mode", MODES), ("cache", CACHES)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise CheckpointError(name, expected=" or ".join(known), found=repr(value), action=near(value, known))
         if self.bundle is not None and self.model is not None:
             raise CheckpointError("bundle and model", expected="one of them", found="both", action="remove one")
         if self.model is not None and self.precision is None:
@@ -328,15 +337,18 @@ def _digest(config: ModelConfig) -> str:
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
 
 
+def session_options(case: Case) -> SessionOptions:
+    """How the case generates."""
+    return SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window, case.cache)
+
+
 def resolve(case: Case, config: ModelConfig) -> Case:
     """Fill in what the bundle and the machine say, so that the report holds numbers.
 
     Raises:
         UserError: a mode or sizes that the bundle does not have, or too few frames for a steady chunk.
     """
-    from factorportrait.runtime.session import SessionOptions
-
-    options = SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window).resolve(config)
+    options = session_options(case).resolve(config)
     case = replace(
         case, mode=options.mode, steps=options.steps, chunk=options.chunk_frames, window=options.window_frames,
         threads=case.threads or len(os.sched_getaffinity(0)), target_fps=case.target_fps or config.fps, resolution=config.height,

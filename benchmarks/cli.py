@@ -36,12 +36,16 @@ def add_run(commands) -> None:
     command = commands.add_parser(
         "run", help="latency of cases and their peers: latency.json",
         description="Time a bundle, its peers in the same run, and the limits of the machine. Cases are data: shipped ones by "
-        "name, or TOML files. Ctrl-C keeps what was measured until then.",
+        "name, or TOML files. Ctrl-C keeps what was measured until then. Exit code 1 where a row failed or none has figures.",
     )  # fmt: skip
     command.add_argument("bundle", nargs="?", help="bundle folder for cases that name none (default: the shipped demo)")
     command.add_argument("--cases", nargs="+", metavar="NAME|FILE", default=["demo"], help="default: demo")
     command.add_argument("--output", "-o", type=Path, default=Path("bench"), help="folder for the report (default bench)")
     command.add_argument("--checkpoint", help="folder that BUNDLE was exported from, for its rows in PyTorch")
+    command.add_argument(
+        "--against", metavar="BASE",
+        help="another bundle folder, in turns with BUNDLE on the cases' engine alone: OUTPUT/base and OUTPUT/head, for fp-bench compare",
+    )  # fmt: skip
     command.add_argument("--peers", metavar="A,B", help="only these peers, instead of the cases' own")
     command.add_argument("--quick", action="store_true", help="few repetitions, wide intervals")
     command.add_argument("--list", action="store_true", help="print the shipped cases and the peers, and stop")

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from factorportrait.benchmarks.schema import Chunk, Report, Result, read_report
+from factorportrait.benchmarks.schema import BUNDLE_KEYS, Chunk, Report, Result, read_report
 from factorportrait.benchmarks.statistics import MIN_ROUNDS, Change, compare_blocks, compare_paired, compare_rounds
 from factorportrait.errors import UserError
 
 TOTAL = "total"
-LOOP = "loop"  # what no stage accounts for
 VERDICTS = ("regression", "broken", "inconclusive", "improvement", "unchanged")
 FAILING = ("regression", "broken")
 
@@ -163,7 +162,7 @@ def compare(
     cases, skipped = [], []
     for key in dict.fromkeys(result.key for report in (*base, *head) for result in report.results):
         results = [[_result(report, key) for report in side] for side in (base, head)]
-        broken, reason = _usable(*results)
+        broken, reason = _usable(*results, free=BUNDLE_KEYS if paired else ())
         if broken:
             cases.append(CaseComparison(key, (), broken=broken))
         elif reason:
@@ -187,22 +186,31 @@ def compare(
         cases.append(CaseComparison(key, tuple(rows), machine))
     order = {key: place for place, key in enumerate(dict.fromkeys(r.key for report in base for r in report.results))}
     cases.sort(key=lambda case: order.get(case.key, len(order)))
-    return Comparison(
-        _name(base), _name(head), design, thresholds, tuple(cases), tuple(skipped), tuple(dict.fromkeys(notes))
-    )
+    return Comparison(*_names(base, head), design, thresholds, tuple(cases), tuple(skipped), tuple(dict.fromkeys(notes)))
 
 
-def _name(reports: Sequence[Report]) -> str:
-    codes = dict.fromkeys((report.code.commit or report.code.version)[:12] for report in reports)
-    return ", ".join(codes)
+def _names(base: Sequence[Report], head: Sequence[Report]) -> list[str]:
+    """Of the two sides: commits, or where those are the same, bundles."""
+    commits = [dict.fromkeys((report.code.commit or report.code.version)[:12] for report in side) for side in (base, head)]
+    bundles = [
+        dict.fromkeys(
+            f"{result.config['bundle']} ({result.config['precision']})"
+            for report in side for result in report.results if result.config.get("bundle")
+        )
+        for side in (base, head)
+    ]  # fmt: skip
+    return [", ".join(names) for names in (bundles if commits[0] == commits[1] and bundles[0] != bundles[1] else commits)]
 
 
 def _result(report: Report, key: str) -> Result | None:
     return next((result for result in report.results if result.key == key), None)
 
 
-def _usable(base: list[Result | None], head: list[Result | None]) -> tuple[str, str]:
-    """("", "") where a case can be compared, else (why head is broken, "") or ("", why it is left out)."""
+def _usable(base: list[Result | None], head: list[Result | None], free: Sequence[str] = ()) -> tuple[str, str]:
+    """("", "") where a case can be compared, else (why head is broken, "") or ("", why it is left out).
+
+    free: keys of the config that may differ.
+    """
     for side, results in (("base", base), ("head", head)):
         if missing := [result for result in results if result is None]:
             return "", f"not in {'all reports of ' if len(results) > len(missing) else ''}{side}"
@@ -214,8 +222,9 @@ def _usable(base: list[Result | None], head: list[Result | None]) -> tuple[str, 
                 return "", f"{result.status} in {side}: {result.reason or 'no steady chunk'}"
     for result in (*base, *head):
         different = sorted(
-            name for name in {*base[0].config, *result.config} if base[0].config.get(name) != result.config.get(name)
-        )
+            name for name in {*base[0].config, *result.config} - {*free}
+            if base[0].config.get(name) != result.config.get(name)
+        )  # fmt: skip
         if different:
             name = different[0]
             return "", f"{name} differs: {base[0].config.get(name)!r} and {result.config.get(name)!r}"
@@ -226,17 +235,12 @@ def _steady(result: Result) -> list[list[Chunk]]:
     return [[chunk for chunk in repetition.chunks if chunk.steady] for repetition in result.repetitions]
 
 
-def stage_times(chunk: Chunk, serial: bool = True) -> dict[str, float]:
-    """Milliseconds of a chunk: total, stages, and in serial execution the loop.
-
-    All denoising steps count together, for they run one graph.
-    """
+def stage_times(chunk: Chunk) -> dict[str, float]:
+    """Milliseconds of a chunk: total and stages. All denoising steps count together, for they run one graph."""
     times = {TOTAL: chunk.wall_ms}
     for stage, ms in chunk.stage_ms.items():
         name = "steps" if stage.startswith("step.") else stage
         times[name] = times.get(name, 0.0) + ms
-    if serial:
-        times[LOOP] = max(chunk.wall_ms - sum(chunk.stage_ms.values()), 0.0)
     return times
 
 
@@ -247,9 +251,7 @@ def repetition_times(result: Result) -> dict[str, np.ndarray]:
     the same work tells most about the program (Chen and Revels, Robust Benchmarking in Noisy Environments, 2016). A slowdown of
     some chunks alone is for the percentiles of the report.
     """
-    rows = [
-        [stage_times(chunk, result.execution == "serial") for chunk in chunks] for chunks in _steady(result) if chunks
-    ]
+    rows = [[stage_times(chunk) for chunk in chunks] for chunks in _steady(result) if chunks]
     stages = [stage for stage in rows[0][0] if all(stage in times for chunks in rows for times in chunks)]
     return {stage: np.array([min(times[stage] for times in chunks) for chunks in rows]) for stage in stages}
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from factorportrait.benchmarks import svg
-from factorportrait.benchmarks.compare import LOOP, percent, repetition_times
+from factorportrait.benchmarks.compare import percent, repetition_times
 from factorportrait.benchmarks.page import html_document, html_table, significant
 from factorportrait.benchmarks.report import FILES
-from factorportrait.benchmarks.schema import Report, Result, read_report
+from factorportrait.benchmarks.schema import OTHER, Report, Result, read_report
 from factorportrait.errors import UserError
 
 SIGNIFICANCE = 0.01
@@ -160,7 +160,7 @@ def trends(reports: Iterable[Report]) -> list[Trend]:
             {stage: float(np.median(values)) for stage, values in repetition_times(result).items()}
             for _, result in found
         ]
-        stages = [stage for stage in times[-1] if stage != LOOP and all(entry.get(stage, 0) > 0 for entry in times)]
+        stages = [stage for stage in times[-1] if stage != OTHER and all(entry.get(stage, 0) > 0 for entry in times)]
         series = []
         for stage in stages:
             values = tuple(entry[stage] for entry in times)
@@ -177,8 +177,8 @@ def history_text(found: list[Trend], skipped: Sequence[str] = ()) -> str:
     for trend in found:
         total = trend.series[0]
         lines.append(
-            f"{trend.key}: {len(total.times)} reports, {significant(total.times[0])} ms per chunk at {trend.labels[0]}, "
-            f"{significant(total.times[-1])} at {trend.labels[-1]}"
+            f"{trend.key}: {len(total.times)} report{'s' if len(total.times) > 1 else ''}, "
+            f"{significant(total.times[0])} ms per chunk at {trend.labels[0]}, {significant(total.times[-1])} at {trend.labels[-1]}"
         )
         for series, change in trend.news:
             where = f"{trend.labels[change.index]} ({trend.dates[change.index]})"

@@ -32,8 +32,9 @@ from factorportrait.benchmarks.machine import (
     nvml,
     spin_ms,
 )
-from factorportrait.benchmarks.peers.base import Sample, Subject
+from factorportrait.benchmarks.peers.base import Sample, Subject, covered_ms
 from factorportrait.benchmarks.schema import (
+    OTHER,
     Chunk,
     Energy,
     Latency,
@@ -367,7 +368,7 @@ def result_of(case: Case, row: Row, sweep: Sweep | None) -> Result:
     return replace(
         result, latency=latency_of(row.repetitions, case.target_fps), stages=tuple(stages_of(row.repetitions)), energy=energy,
         execution="overlapped" if overlapped else "serial",
-        accounted=sum(sum(chunk.stage_ms.values()) for chunk in chunks) / wall,
+        accounted=sum(ms for chunk in chunks for stage, ms in chunk.stage_ms.items() if stage != OTHER) / wall,
         occupancy=occupancy_of(row.spans), critical_path=critical_path(waterfall) if overlapped else (), waterfall=waterfall,
     )  # fmt: skip
 
@@ -411,15 +412,18 @@ def arrival_ms(repetition: Repetition, fps: float | None) -> list[float]:
 
 
 def misses(repetition: Repetition, fps: float) -> list[bool]:
-    """Per picture of the clip: it is later than a player needs it that started with the first one."""
-    now, arrived, shown, found, begin = 0.0, 0, 0, [], None
+    """Per picture of the clip: it is later than a player needs it that runs two chunks behind the driving.
+
+    A player that follows more closely stops between chunks, however fast they are computed: it has to wait for their frames.
+    """
+    now, arrived, shown, found = 0.0, 0, 0, []
+    behind = 2 * max(chunk.frames for chunk in repetition.chunks)
     for chunk in repetition.chunks:
         for push in chunk.push_ms:
             now = max(now, 1000 * arrived / fps) + push
             arrived += 1
-        begin = now if begin is None else begin
         for _ in range(chunk.frames):
-            found.append(now > begin + 1000 * shown / fps + 1e-9)
+            found.append(now > 1000 * (shown + behind) / fps + 1e-9)
             shown += 1
     return found
 
@@ -455,17 +459,8 @@ def bounded(stage: Stage, work: Work, limits: Limits, precision: str) -> Stage:
     )  # fmt: skip
 
 
-def _covered(spans: Sequence[Span]) -> float:
-    """Milliseconds in which at least one of the spans ran."""
-    total, end = 0.0, -math.inf
-    for span in sorted(spans, key=lambda span: span.start_ms):
-        total += max(0.0, span.end_ms - max(span.start_ms, end))
-        end = max(end, span.end_ms)
-    return total
-
-
 def _is_overlapped(spans: Sequence[Span]) -> bool:
-    return sum(span.end_ms - span.start_ms for span in spans) > OVERLAP * _covered(spans)
+    return sum(span.end_ms - span.start_ms for span in spans) > OVERLAP * covered_ms(spans)
 
 
 def _typical(chunks: Sequence[tuple[Chunk, tuple[Span, ...]]]) -> tuple[Span, ...]:
@@ -479,7 +474,7 @@ def occupancy_of(chunks: Sequence[tuple[Chunk, tuple[Span, ...]]]) -> dict[str, 
     wall = sum(chunk.wall_ms for chunk, _ in chunks)
     names = dict.fromkeys(span.stage for _, spans in chunks for span in spans)
     return {
-        name: sum(_covered([span for span in spans if span.stage == name]) for _, spans in chunks) / wall for name in names
+        name: sum(covered_ms([span for span in spans if span.stage == name]) for _, spans in chunks) / wall for name in names
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def add_compare(commands) -> None:
     command = commands.add_parser(
         "compare", help=f"is HEAD slower than BASE, and which stage? Exit code {EXIT_REGRESSED} on a regression",
         description="Compare two runs of one machine case by case and stage by stage. Runs that took turns can be given together: "
-        "BASE HEAD BASE HEAD ... (four rounds or more).",
+        "BASE HEAD BASE HEAD ... (four rounds or more). Reports of fp-bench run --against are compared in pairs.",
     )  # fmt: skip
     command.add_argument(
         "reports", nargs="+", type=Path, metavar="REPORT", help="BASE HEAD, or BASE HEAD BASE HEAD ..."

@@ -1,4 +1,4 @@
-"""fp-bench run: cases in, latency.json out."""
+"""fp-bench run: cases in, latency.json out; with --against two of them, whose bundles took turns."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from factorportrait.benchmarks.cases import CASES, Case, is_demo, load_cases, materialise, near, resolve, shipped_names
+from factorportrait.benchmarks.cases import (
+    CASES,
+    Case,
+    is_demo,
+    load_cases,
+    materialise,
+    near,
+    resolve,
+    session_options,
+    shipped_names,
+)
 from factorportrait.benchmarks.limits import measure_gpu_limits, measure_limits
 from factorportrait.benchmarks.machine import describe_code, describe_machine, load_average, noise_of, versions
 from factorportrait.benchmarks.measure import Interrupted, ProcessWorker, WorkerError, bounded, measure_case
 from factorportrait.benchmarks.peers import PEERS
-from factorportrait.benchmarks.schema import Limits, Machine, Report, Result, Sweep, Work, write_report
+from factorportrait.benchmarks.schema import BUNDLE_KEYS, Limits, Machine, Report, Result, Sweep, Work, write_report
 from factorportrait.bundle import Bundle
 from factorportrait.errors import UserError
 
@@ -34,6 +46,8 @@ SCOPE = (
 )
 QUICK = {"repetitions": 2, "max_repetitions": 3, "max_seconds": 20.0}
 COLD_STARTS = 3
+EXIT_FAILED = 1
+SIDES = ("base", "head")
 
 
 @dataclass(frozen=True)
@@ -59,14 +73,16 @@ class Run:
 
 
 def run_cases(options: argparse.Namespace) -> int:
-    """Measure the cases of a command line.
+    """Measure the cases of a command line. The exit code is EXIT_FAILED where a row failed, or none has figures.
 
     Raises:
-        UserError: an unknown case, peer or key, or a bundle that is not there.
+        UserError: an unknown case, peer or key, a bundle that is not there, or a place that cannot be written.
     """
     if options.list:
         print_list()
         return 0
+    if options.against is not None:
+        return run_turns(options)
     cases = chosen_cases(options)
     check_output(options.output)
     run = Run(time.perf_counter(), describe_machine(), load_average(), options.quick)
@@ -83,10 +99,103 @@ def run_cases(options: argparse.Namespace) -> int:
         if isinstance(error, Interrupted):
             run.results += error.results
             error = error.__cause__
-        print(f"fp-bench: partial report: {finish(run, options, interrupted=True)}", file=sys.stderr)
+        say(f"partial report: {finish(run, options, options.output, interrupted=True)}")
         raise error from None
-    print(f"fp-bench: {finish(run, options)}")
-    return 0
+    print(f"fp-bench: {finish(run, options, options.output)}")
+    return exit_code(run.results)
+
+
+def run_turns(options: argparse.Namespace) -> int:
+    """Measure two bundles on the engine of every case, repetition by repetition in turns, so that compare can pair them.
+
+    Raises:
+        UserError: as `run_cases`, and a case that names its own bundle or model, or that the bundles run differently.
+    """
+    if options.bundle is None:
+        raise UserError("--against", expected="fp-bench run HEAD --against BASE", found="no HEAD", action="name a bundle folder")
+    if options.checkpoint is not None:
+        raise UserError("--against", expected="no --checkpoint", found=options.checkpoint, action="it is for rows of one bundle")
+    sides = [chosen_cases(replace_options(options, bundle=bundle)) for bundle in (options.against, options.bundle)]
+    for base in sides[0]:
+        if base.bundle != options.against:
+            raise UserError(
+                f"case {base.name} with --against", expected="a case without a bundle or model of its own",
+                found=base.bundle or base.model, action="leave it out",
+            )  # fmt: skip
+    for folder in (options.output / side for side in SIDES):
+        check_output(folder)
+    started, machine, load, limits = time.perf_counter(), describe_machine(), load_average(), {}
+    runs = [Run(started, machine, load, options.quick, limits) for _ in SIDES]
+    turns = uuid.uuid4().hex
+
+    def written(interrupted: bool = False) -> str:
+        reports = (
+            finish(run, options, options.output / side, interrupted, turns) for run, side in zip(runs, SIDES, strict=True)
+        )
+        return " ".join(map(str, reports))
+
+    try:
+        for cases in zip(*sides, strict=True):
+            for points in zip(*(case.points() for case in cases), strict=True):
+                measure_turns(runs, [case for case, _ in points], points[0][1])
+        if not options.quick:
+            measure_limits_again(runs[0])
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise
+        say(f"partial reports: {written(interrupted=True)}")
+        raise (error.__cause__ if isinstance(error, Interrupted) else error) from None
+    print(f"fp-bench: compare them with: fp-bench compare {written()}")
+    return exit_code([result for run in runs for result in run.results])
+
+
+def replace_options(options: argparse.Namespace, **changes) -> argparse.Namespace:
+    """A changed copy."""
+    return argparse.Namespace(**{**vars(options), **changes})
+
+
+def measure_turns(runs: Sequence[Run], cases: Sequence[Case], sweep: Sweep | None) -> None:
+    """Measure one case on the bundles of base and head, and add a row to each of their runs."""
+    folders = [materialise(case) for case in cases]
+    bundles = [Bundle(folder) for folder in folders]
+    cases = [resolve(case, bundle.config) for case, bundle in zip(cases, bundles, strict=True)]
+    base, head = ({k: v for k, v in case.to_config().items() if k not in BUNDLE_KEYS} for case in cases)
+    if different := [name for name in base if base[name] != head[name]]:
+        name = different[0]
+        raise UserError(
+            f"case {cases[0].name} with --against", expected="bundles that run it alike",
+            found=f"{name} {base[name]} and {head[name]}", action=f"give the case a {name} of its own, or compare others",
+        )  # fmt: skip
+    case = cases[0]
+    say(f"{case.name}: base and head on {case.engine}")
+    for key in needed_limits(runs[0], case):
+        if key not in runs[0].limits:
+            keep_limits(runs[0], key)
+    for run, one, bundle in zip(runs, cases, bundles, strict=True):
+        run.sources[case.name] = count_work(one, bundle)
+
+    def keep(results: Sequence[Result]) -> None:
+        for run, one, result in zip(runs, cases, results, strict=True):
+            run.results.append(
+                replace(result, key=f"{case.name}/{case.engine}", peer=case.engine, config=one.to_config())
+            )
+
+    rows = {side: (one, case.engine, folder) for side, one, folder in zip(SIDES, cases, folders, strict=True)}
+    try:
+        with opened_workers(rows) as workers:
+            keep(measure_case(case, workers, sweep=sweep, origin=runs[0].started, on_round=progress(case)))
+    except Interrupted as error:
+        keep(error.results)
+        raise
+    for side, run in zip(SIDES, runs, strict=True):
+        run.machine = describe_machine(run.machine)
+        print(f"{side} ", end="")
+        print_rows([completed(run.results[-1], run)])
+
+
+def exit_code(results: Sequence[Result]) -> int:
+    """EXIT_FAILED where a row failed, or none has figures: what is not available here is no failure."""
+    return EXIT_FAILED if any(r.status == "failed" for r in results) or not any(r.repetitions for r in results) else 0
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
@@ -115,6 +224,15 @@ def check_output(folder: Path) -> None:
     """Raises UserError before anything is measured that could not be written."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}", expected="a folder", found="a file", action="choose another place")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output {folder}", expected="a folder that can be written", found=error.strerror or str(error),
+            action="choose another place",
+        ) from error  # fmt: skip
 
 
 def measure_point(run: Run, case: Case, sweep: Sweep | None) -> None:
@@ -131,8 +249,9 @@ def measure_point(run: Run, case: Case, sweep: Sweep | None) -> None:
         if key not in run.limits:
             keep_limits(run, key)
     run.sources[case.name] = count_work(case, bundle)
-    with opened_workers(case, folder) as workers:
+    with opened_workers({name: (case, name, folder) for name in case.rows}) as workers:
         results = measure_case(case, workers, sweep=sweep, origin=run.started, on_round=progress(case))
+    run.machine = describe_machine(run.machine)
     first = len(run.results)
     run.results += results
     for i, result in enumerate(results, first):
@@ -141,16 +260,16 @@ def measure_point(run: Run, case: Case, sweep: Sweep | None) -> None:
 
 
 @contextlib.contextmanager
-def opened_workers(case: Case, folder: Path) -> Iterator[dict[str, ProcessWorker | WorkerError]]:
-    """A process per row, loaded one after another."""
+def opened_workers(rows: Mapping[str, tuple[Case, str, Path]]) -> Iterator[dict[str, ProcessWorker | WorkerError]]:
+    """A process per row, loaded one after another. rows: name -> case, peer, bundle folder."""
     workers: dict[str, ProcessWorker | WorkerError] = {}
     try:
-        for name in case.rows:
-            if reason := PEERS[name].unavailable(case):
+        for name, (case, peer, folder) in rows.items():
+            if reason := PEERS[peer].unavailable(case):
                 workers[name] = WorkerError(reason, available=False)
                 continue
             try:
-                workers[name] = ProcessWorker(case, name, folder)
+                workers[name] = ProcessWorker(case, peer, folder)
             except WorkerError as error:
                 workers[name] = error
         yield workers
@@ -218,13 +337,11 @@ def with_cold_start(result: Result, case: Case, folder: Path, times: int) -> Res
 
 def count_work(case: Case, bundle: Bundle) -> Source:
     """Count the operations of a case's stages."""
-    from factorportrait.runtime.session import SessionOptions
-
-    options, key = SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window), bundle.manifest.source_key
+    key = bundle.manifest.source_key
     try:
         from factorportrait.benchmarks.flops import chunk_work
 
-        works = chunk_work(bundle, options, num_frames=case.frames, coefficients=case.io and uses_coefficients())
+        works = chunk_work(bundle, session_options(case), num_frames=case.frames, coefficients=case.io and uses_coefficients())
         return Source(key, works)
     except (ImportError, UserError) as error:
         return Source(key, {}, f"operations were not counted: {error}")
@@ -257,7 +374,9 @@ def uses_coefficients() -> bool:
     return open_driving(shipped_inputs() / "driving_clip").coefficients is not None
 
 
-def finish(run: Run, options: argparse.Namespace, interrupted: bool = False) -> Path:
+def finish(
+    run: Run, options: argparse.Namespace, output: Path, interrupted: bool = False, turns: str | None = None
+) -> Path:
     """Write the report."""
     spins = [repetition.spin_ms for result in run.results for repetition in result.repetitions]
     noise = noise_of(spins, None, run.load)
@@ -270,15 +389,24 @@ def finish(run: Run, options: argparse.Namespace, interrupted: bool = False) -> 
     reasons = (*noise.reasons, *([f"{disturbed} of {len(measured)} rows were disturbed"] if disturbed else ()))
     report = Report(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=("fp-bench", "run", *map(str, options.cases)), scope=SCOPE, machine=describe_machine(run.machine),
+        command=command_of(options), scope=SCOPE, machine=run.machine,
         code=describe_code(), versions=versions(), limits=tuple(run.limits.values()),
         noise=replace(noise, steal_share=steal, other_share=other, reasons=reasons),
         results=tuple(completed(result, run) for result in run.results), seconds=time.perf_counter() - run.started,
-        interrupted=interrupted,
+        interrupted=interrupted, turns=turns,
     )  # fmt: skip
     for reason in report.noise.reasons:
         say(f"noisy: {reason}")
-    return write_report(options.output, report)
+    return write_report(output, report)
+
+
+def command_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """What was asked for, without where files lie."""
+    bundle = [Path(options.bundle).name] if options.bundle else []
+    against = ["--against", Path(options.against).name] if options.against else []
+    cases = ["--cases", *(Path(name).name for name in options.cases)]
+    peers = ["--peers", options.peers] if options.peers is not None else []
+    return ("fp-bench", "run", *bundle, *against, *cases, *peers, *(["--quick"] if options.quick else []))
 
 
 def progress(case: Case):

@@ -27,14 +27,15 @@ mode); chunks before that are cheaper and stand in the raw samples alone.
 the chunk included; arrivals are replayed at `arrival_fps` through the measured push times, one server, first come
 first served. `arrival_fps` is the case's target where the measured throughput reaches it; otherwise null, and frames
 arrive exactly when the session is free to take them. `deadline_misses`: share of frames that are not there when a
-player wants them that began with the first chunk's first picture and shows `target_fps` pictures a second, driving
-arriving at that rate.
+player wants them that shows `target_fps` pictures a second, two chunks behind a driving of that rate: while one chunk
+is being collected, the one before may be computed.
 
 **Stages.** `stage_ms` of a chunk holds wall time by stage: `expression`, `rays`, `pose`, `conditions`, `step.0` ...
-`step.N-1`, `commit`, `decode`, with `input` and `write` where they count, and `reference` once per repetition. In
-serial execution the stages of a chunk do not overlap: they sum to its wall time but for the loop's own work, which
-`accounted` (sum over wall, of steady chunks) tells. In overlapped execution `occupancy` says which share of the wall
-time each stage was busy, and `critical_path` which stages bound it.
+`step.N-1`, `commit`, `decode`, with `input` and `write` where they count, and `other`: the time in which none of them
+ran, which is the loop's own Python (converting pictures, drawing noise, positions) and its caller's. In serial
+execution the stages of a chunk do not overlap, so with `other` they sum to its wall time; `accounted` is the share
+without it. In overlapped execution `occupancy` says which share of the wall time each stage was busy, and
+`critical_path` which stages bound it.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ KIND = "factorportrait-latency"
 SCHEMA = 1
 REPORT_FILE = "latency.json"
 STATUSES = ("ok", "unavailable", "failed", "interrupted")
+BUNDLE_KEYS = ("bundle", "precision")  # of a config: they tell what is compared where two bundles took turns
+OTHER = "other"  # the stage of the time in which no stage ran
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU, at the end of the run; throttle reasons are all that were seen during it."""
+    """One NVIDIA GPU, at the end of the run; throttle reasons are those that were seen before and after every case."""
 
     name: str
     driver: str
@@ -70,7 +73,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What ran the cases. cpu_mhz: of the cores at the start and at the end, where the system tells."""
+    """What ran the cases. cpu_mhz: mean of the cores at the start and after every case, where the system tells."""
 
     system: str
     cpu: str
@@ -321,7 +324,7 @@ class Result:
         status: of STATUSES; `reason` says why where it is not "ok". An interrupted row keeps the repetitions that it has.
         latency: null for a peer that measures some stages alone.
         execution: "serial" or "overlapped".
-        accounted: sum of the stages over the wall time, steady chunks.
+        accounted: sum of the stages but `other` over the wall time, steady chunks.
         waterfall: the stages of one steady chunk whose wall time is nearest the median.
         stopped: why no more repetitions were made: "narrow" (the interval), "cap" (repetitions), "time", or "interrupted".
     """

@@ -117,11 +117,6 @@ def _change(
     return Change(math.expm1(estimate), math.expm1(low), math.expm1(high), math.expm1(detectable), design, samples)
 
 
-def hodges_lehmann(values: np.ndarray) -> float:
-    """values [n] -> median of the means of all pairs: nearly as sharp as the mean, and up to 29 % of outliers do no harm."""
-    return float(np.median(_walsh(np.asarray(values, float))))
-
-
 def _walsh(values: np.ndarray) -> np.ndarray:
     """values [n] -> means of all pairs i <= j, [n * (n + 1) / 2]."""
     i, j = np.triu_indices(len(values))

@@ -207,7 +207,8 @@ def write_trials(path: Path, settings: dict[str, Any], trials: list[dict[str, An
 def priority() -> str:
     """Of this process, and on Linux of its session, which is what counts there between sessions."""
     group = Path("/proc/self/autogroup")
-    return f"nice {os.nice(0)}" + (f", session {group.read_text().split(' ', 1)[1].strip()}" if group.is_file() else "")
+    session = group.read_text().partition(" ")[2].strip() if group.is_file() else ""  # a process without a group has an empty file
+    return f"nice {os.nice(0)}" + (f", session {session}" if session else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

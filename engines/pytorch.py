@@ -76,7 +76,7 @@ class TorchEngine:
     def load(self, name: str) -> TorchRunner:
         """See `factorportrait.engines.base.Engine`."""
         if name not in self._runners:
-            spec = self.bundle.stage(name)
+            spec = self._channels_first(self.bundle.stage(name))
             retyped = (tuple(self._retype(tensor) for tensor in side) for side in (spec.inputs, spec.outputs))
             inputs, outputs = retyped
             spec = dataclasses.replace(spec, inputs=inputs, outputs=outputs)
@@ -130,6 +130,24 @@ class TorchEngine:
         if dtype not in DTYPES:
             raise UserError("dtype", expected=" or ".join(DTYPES), found=dtype, action="choose one of them")
         return dtype
+
+    def _channels_first(self, spec: StageSpec) -> StageSpec:
+        """int8 graphs for the CPU keep the VAE's caches with channels last; torch's modules do not."""
+        from factorportrait.export.quantize.bundles import has_channels_last
+        from factorportrait.export.quantize.layout import TO_FIRST
+
+        if not has_channels_last(self.bundle.manifest.precision, self.target, spec.name):
+            return spec
+        sides = (
+            tuple(
+                dataclasses.replace(tensor, shape=tuple(tensor.shape[axis] for axis in TO_FIRST))
+                if tensor.name.startswith(("cache_in.", "cache_out.")) else tensor
+                for tensor in side
+            )
+            for side in (spec.inputs, spec.outputs)
+        )  # fmt: skip
+        inputs, outputs = sides
+        return dataclasses.replace(spec, inputs=inputs, outputs=outputs)
 
     def _load_stages(self, checkpoint: Path) -> dict[str, Stage]:
         from factorportrait.export.checkpoint import load_checkpoint

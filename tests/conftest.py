@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from factorportrait.model_config import ModelConfig
 
 # The tiny model gains nothing from threads, and on a busy machine they wait for each other.
 torch.set_num_threads(1)
+# A shell that runs the tests in the background has this signal ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from factorportrait.benchmarks.cases import Case
-from factorportrait.benchmarks.schema import Chunk, Memory, Span, Startup
+from factorportrait.benchmarks.schema import OTHER, Chunk, Memory, Span, Startup
 from factorportrait.runtime import timing
 
 
@@ -104,11 +105,21 @@ class ChunkClock:
             spans.append(Span(span.stage, milliseconds(span.start_ns - self.begin_ns), milliseconds(span.end_ns - self.begin_ns)))
         stage_ms = {name: milliseconds(duration) for name, duration in stages.items()}
         wall_ms = milliseconds(end_ns - self.begin_ns)
+        stage_ms[OTHER] = round(wall_ms - covered_ms(spans), 6)
         self.chunks.append(Chunk(frames, past_frames, steady, wall_ms, tuple(self.pushes), stage_ms))
         self.spans_ms.append(tuple(spans))
         self.spans.clear()
         self.pushes.clear()
         self.begin_ns = end_ns
+
+
+def covered_ms(spans: Sequence[Span]) -> float:
+    """Time in which at least one of the spans ran."""
+    total, end = 0.0, -math.inf
+    for span in sorted(spans, key=lambda span: span.start_ms):
+        total += max(0.0, span.end_ms - max(span.start_ms, end))
+        end = max(end, span.end_ms)
+    return total
 
 
 def number_steps(spans: Iterable[timing.Span]) -> Iterable[timing.Span]:

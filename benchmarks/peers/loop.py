@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from factorportrait.benchmarks.cases import CHECKPOINT, Case, synthetic_driving
+from factorportrait.benchmarks.cases import CHECKPOINT, Case, session_options, synthetic_driving
 from factorportrait.benchmarks.peers.base import ChunkClock, Peer, Sample, milliseconds
 from factorportrait.benchmarks.schema import Memory, Startup
 from factorportrait.bundle import Bundle
@@ -22,7 +22,7 @@ from factorportrait.engines.choose import obstacle
 from factorportrait.engines.tensorrt.machine import find_gpu
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT
-from factorportrait.runtime.session import OpenBundle, SessionOptions, open_bundle
+from factorportrait.runtime.session import OpenBundle, open_bundle
 
 
 class LoopSubject:
@@ -35,11 +35,13 @@ class LoopSubject:
 
     def __init__(self, case: Case, opened: OpenBundle):
         self.case, self.opened = case, opened
-        options = SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window)
-        self.session = opened.session(options)
+        self.session = opened.session(session_options(case))
         self.startup = Startup(load_s=opened.load_s)
-        self.notes = (f"bundle of {opened.bundle.manifest.provenance.get('checkpoint', 'unnamed')}, key "
-                      f"{opened.bundle.manifest.source_key[:12]}",)  # fmt: skip
+        manifest = opened.bundle.manifest
+        self.notes = (
+            f"bundle of {manifest.provenance.get('checkpoint', 'unnamed')}, key {manifest.source_key[:12]}",
+            *((f"cache {self.session.cache}: {self.session.cache_reason}",) if case.mode == "stream" else ()),
+        )
         self._portrait, _ = synthetic_driving(opened.config, 0)
         if opened.engine.device != "cpu":
             # Calls on a device return before it is done; copies to the host wait for everything before them.

@@ -151,7 +151,8 @@ def run_job(job: Job, hear: Callable[[dict], None]) -> None:
             process.kill()
             raise
     if "error" in ended:
-        raise UserError(ended["error"].pop("what"), **ended["error"])
+        error = ended["error"]
+        raise UserError(error["what"], expected=error["expected"], found=error["found"], action=error["action"])
     if "done" not in ended:
         raise UserError(
             f"building the plan of {job.stage}", expected="TensorRT to build it", found=_ending(process.returncode),

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from factorportrait.bundle import CONSTANTS, MANIFEST, Bundle, FileEntry, Manifest, StageSpec
 from factorportrait.checkpoint_files import HEAD
 from factorportrait.errors import UserError
-from factorportrait.export.quantize.bundles import CONVOLUTIONAL, int8_graph, write_trial
+from factorportrait.export.quantize.bundles import has_channels_last, int8_graph, write_trial
 from factorportrait.export.quantize.clips import CALIBRATION_SPLIT, DrivenClip, demo_clips, longest_clip, media_clips
 from factorportrait.export.quantize.gate import GateFailed, GateResult, Judge, gate_clips, load_limits
 from factorportrait.export.quantize.insert import LayerRecipe
@@ -31,8 +31,6 @@ CALIBRATION_FRAMES = 29
 # A mix is chosen with the first of the calibration's clips; test clips are for the gate alone.
 CHOICE_CLIPS = 2
 GRAPH_SAMPLES = 2
-# An int8 graph whose first output is further than this from fp32's on its own calibration samples is broken, not coarse.
-MIN_GRAPH_SNR_DB = 12.0
 
 Say = Callable[[str], None]
 
@@ -289,35 +287,32 @@ def _check(path: Path, reference: Path, samples: Samples, stage: str, target: st
     """An int8 graph against the graph that it was made of, on calibration samples: first output, as the manifest keeps it."""
     import onnxruntime
 
-    from factorportrait.export.check import angle, relative_error
+    from factorportrait.export.check import GraphCheck, angle, relative_error, threshold
 
     cases = samples.of(stage)[:GRAPH_SAMPLES]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     sessions = [onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in (path, reference)]
+    name = sessions[1].get_outputs()[0].name
     max_abs = max_relative = max_angle = 0.0
-    error = size = 0.0
     count = 0
     for case in cases:
-        moved = target == "cpu" and stage in CONVOLUTIONAL
+        moved = has_channels_last("int8", target, stage)
         feeds = [_fed(session, case, moved and session is sessions[0]) for session in sessions]
         if None in feeds:
             continue
-        name = sessions[1].get_outputs()[0].name
         found, expected = (session.run([name], feed)[0] for session, feed in zip(sessions, feeds, strict=True))
         absolute, relative = relative_error(found, expected)
         max_abs, max_relative = max(max_abs, absolute), max(max_relative, relative)
         max_angle = max(max_angle, angle(found, expected))
-        error += float(((found.astype(np.float64) - expected) ** 2).sum())
-        size += float((expected.astype(np.float64) ** 2).sum())
         count += 1
-    snr = -10 * np.log10(max(error, 1e-20) / max(size, 1e-20)) if count else np.inf
-    if not np.isfinite(max_relative) or snr < MIN_GRAPH_SNR_DB:
+    check = GraphCheck(max_abs, max_relative, name, count, max_angle)
+    if objection := check.objection(threshold("int8")):
         raise UserError(
-            f"stage {stage} in int8", expected=f"{MIN_GRAPH_SNR_DB:g} dB or more between its first output and fp32's",
-            found=f"{snr:.1f} dB", action="calibrate with clips like those that it will run, or export fp16",
+            f"stage {stage} in int8 differs from fp32", expected=objection[0], found=objection[1],
+            action="calibrate with clips like those that it will run, or export fp16",
         )  # fmt: skip
-    return {"max_abs": max_abs, "max_relative": max_relative, "angle": max_angle, "num_cases": count}
+    return check.to_dict()
 
 
 def _fed(session, case: Mapping[str, np.ndarray], channels_last: bool) -> dict[str, np.ndarray] | None:

@@ -17,6 +17,11 @@ from factorportrait.files import sha256_file, whole_folder
 CONVOLUTIONAL = ("vae_encode_first", "vae_encode_steady", "vae_decode_first", "vae_decode_steady")
 
 
+def has_channels_last(precision: str, target: str, stage: str) -> bool:
+    """Whether the caches of a stage's graph are [n, h, w, C], not [n, C, h, w] as everywhere else."""
+    return precision == "int8" and target == "cpu" and stage in CONVOLUTIONAL
+
+
 def int8_graph(stage: str, model: ir.Model, recipe: Recipe, target: str) -> ir.Model:
     """Quantise one graph in place.
 
@@ -24,7 +29,7 @@ def int8_graph(stage: str, model: ir.Model, recipe: Recipe, target: str) -> ir.M
         model: of the stage, in fp32 for "cpu", in fp16 for "tensorrt".
     """
     quantize_graph(model, recipe.of(stage, model), target)
-    if target == "cpu" and stage in CONVOLUTIONAL:
+    if has_channels_last("int8", target, stage):
         channels_last(model)
     return model
 

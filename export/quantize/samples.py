@@ -134,7 +134,7 @@ def record_samples(
             from factorportrait.runtime.session import open_bundle
 
             opened = open_bundle(bundle.path, threads=threads, verify=False)
-        recorder = _Recorder(opened.engine, settings, len(clips), seed=i)
+        recorder = _Recorder(settings, len(clips), seed=i)
         _generate(opened, recorder, clip, settings.seed)
         with whole_file(file) as path:
             _write(path, recorder.kept)
@@ -143,9 +143,10 @@ def record_samples(
 
 
 def _generate(opened, recorder: _Recorder, clip: DrivenClip, seed: int) -> None:
+    from factorportrait.engines.recording import RecordingEngine
     from factorportrait.runtime.session import OpenBundle
 
-    watched = OpenBundle(opened.bundle, recorder)
+    watched = OpenBundle(opened.bundle, RecordingEngine(opened.engine, recorder.offer))
     for mode in opened.config.generation.modes:
         session = watched.session(mode=mode, seed=seed)
         session.set_reference(clip.portrait)
@@ -154,19 +155,13 @@ def _generate(opened, recorder: _Recorder, clip: DrivenClip, seed: int) -> None:
 
 
 class _Recorder:
-    """An engine that keeps copies of what its stages are given: a reservoir per stage, so that every run has the same chance."""
+    """Copies of what stages are given: a reservoir per stage, so that every run has the same chance."""
 
-    def __init__(self, engine, settings: RecordSettings, num_clips: int, seed: int):
-        self._engine, self._settings, self._num_clips = engine, settings, num_clips
+    def __init__(self, settings: RecordSettings, num_clips: int, seed: int):
+        self._settings, self._num_clips = settings, num_clips
         self._rng = np.random.default_rng([settings.seed, seed])
         self._seen: dict[str, int] = {}
         self.kept: dict[str, list[dict[str, np.ndarray]]] = {}
-
-    def __getattr__(self, name: str):
-        return getattr(self._engine, name)
-
-    def load(self, name: str):
-        return _RecordingRunner(self._engine.load(name), self)
 
     def offer(self, stage: str, inputs: Mapping[str, np.ndarray]) -> None:
         """Keep the inputs of this run, or not."""
@@ -178,22 +173,6 @@ class _Recorder:
         slot = len(kept) if len(kept) < room else int(self._rng.integers(self._seen[stage]))
         if slot < room:
             kept[slot : slot + 1] = [{name: np.array(array) for name, array in inputs.items()}]
-
-
-class _RecordingRunner:
-    """One bound stage; a call is offered to the recorder first."""
-
-    def __init__(self, runner, recorder: _Recorder):
-        self._runner, self._recorder, self.spec = runner, recorder, runner.spec
-
-    def bind(self, inputs, outputs):
-        call = self._runner.bind(inputs, outputs)
-
-        def recorded() -> None:
-            self._recorder.offer(self.spec.name, inputs)
-            call()
-
-        return recorded
 
 
 def _write(path: Path, kept: Mapping[str, list[dict[str, np.ndarray]]]) -> None:

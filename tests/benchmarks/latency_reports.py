@@ -63,7 +63,8 @@ def repetition(
             stage: ms * factors.get(stage, 1.0) * math.exp(slow + spike + rng.normal(0, 0.04))
             for stage, ms in STAGES.items()
         }
-        wall = sum(stage_ms.values()) + 0.4
+        stage_ms["other"] = 0.4
+        wall = sum(stage_ms.values())
         rows.append(Chunk(FRAMES, 3 * index, index > 0, wall, (wall / FRAMES,) * FRAMES, stage_ms))
     return Repetition(order, 1.5 * order, 10 * math.exp(slow), 30.0, 200.0, tuple(rows))
 

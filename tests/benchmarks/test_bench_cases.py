@@ -48,6 +48,8 @@ def test_every_shipped_case_can_be_read_and_names_peers_that_exist():
         ('[[case]]\nname = "a"\nsteps = 0', ["steps", "more than 0"]),
         ('[[case]]\nsteps = 2', ["missing name"]),
         ('[[case]]\nname = "a"\nprecision = "fp23"', ["precision", "did you mean fp32"]),
+        ('[[case]]\nname = "a"\nmode = "streem"', ["mode", "did you mean stream"]),
+        ('[[case]]\nname = "a"\ncache = "in_place"', ["cache", "did you mean inplace"]),
         ('[[case]]\nname = "a"\nmodel = "tiny"\nbundle = "b"', ["bundle and model"]),
         ('[[case]]\nname = "a"\nblocks = 2', ["blocks", "a model"]),
         ('[[case]]\nname = "a"\n[case.sweep]\nstep = [1]', ["sweep", "did you mean steps"]),

@@ -194,13 +194,24 @@ def test_rounds_of_two_programs():
     assert compared.cases[0].rows[0].change.samples == 6
 
 
-def test_loop_is_what_no_stage_accounts_for():
-    rng = np.random.default_rng(17)
-    chunk = repetition(rng, 0.0, 0, {}).chunks[1]
-    times = compare.stage_times(dataclasses.replace(chunk, wall_ms=chunk.wall_ms + 3))
-    assert times["loop"] == pytest.approx(3.4)
+def test_steps_count_together():
+    chunk = repetition(np.random.default_rng(17), 0.0, 0, {}).chunks[1]
+    times = compare.stage_times(chunk)
     assert times["steps"] == pytest.approx(chunk.stage_ms["step.0"] + chunk.stage_ms["step.1"])
-    assert "loop" not in compare.stage_times(chunk, serial=False)
+    assert times["total"] == pytest.approx(sum(ms for stage, ms in times.items() if stage != "total"))
+
+
+def test_python_between_the_stages_can_be_at_fault():
+    base, head = turns(np.random.default_rng(18), 40, {})
+    slow = [
+        dataclasses.replace(rep, chunks=tuple(
+            dataclasses.replace(c, wall_ms=c.wall_ms + 12, stage_ms=c.stage_ms | {"other": c.stage_ms["other"] + 12})
+            for c in rep.chunks
+        ))
+        for rep in head.results[0].repetitions
+    ]  # fmt: skip
+    head = without(head, results=(dataclasses.replace(head.results[0], repetitions=tuple(slow)),))
+    assert compare.compare([base], [head], THRESHOLDS).cases[0].faults == ("other",)
 
 
 # Reports that do not fit

@@ -130,8 +130,8 @@ def test_a_session_that_is_too_slow_falls_behind():
     slow = repetition(*(chunk(803.0, last_push=800.0) for _ in range(5)))
     found = measure.arrival_ms(slow, 10.0)
     assert found[0] == pytest.approx(1100) and found[16] > found[12] > found[8] > found[4] + 300
-    late = measure.misses(slow, 10.0)
-    assert late[:4] == [False] * 4 and all(late[4:]), "the player started with the first chunk's first picture"
+    # The first chunk's pictures are due at 800, 900, 1000 and 1100 ms and there at 1100.
+    assert measure.misses(slow, 10.0) == [True] * 3 + [False] + [True] * 16
     assert not any(measure.misses(repetition(*(chunk(43.0, last_push=40.0) for _ in range(5))), 10.0))
     assert measure.latency_of([slow], 10.0).arrival_fps is None
     assert measure.latency_of([slow], 2.0).arrival_fps == 2.0
@@ -139,9 +139,15 @@ def test_a_session_that_is_too_slow_falls_behind():
 
 def test_one_slow_chunk_misses_its_deadlines_and_no_others():
     quick = chunk(43.0, last_push=40.0)
-    given = repetition(quick, quick, chunk(243.0, last_push=240.0), quick, quick)
+    given = repetition(quick, quick, chunk(643.0, last_push=640.0), quick, quick)
     late = measure.misses(given, 10.0)
     assert late == [False] * 8 + [True] * 2 + [False] * 10
+
+
+def test_a_short_first_chunk_makes_no_frame_late():
+    """Its pictures are gone before the frames of the next chunk have arrived, however fast those are then computed."""
+    given = repetition(chunk(1.0, frames=2), *(chunk(4.0, frames=8) for _ in range(3)))
+    assert not any(measure.misses(given, 24.0))
 
 
 @pytest.mark.parametrize(("count", "outside"), [(6, 0), (8, 0), (9, 1), (20, 5), (100, 39)])
@@ -201,10 +207,21 @@ def test_spans_of_a_session_become_chunks():
     clock.pushed(13_000_000, 16_000_000)
     clock.chunk(1, 1, True, 16_000_000)
     first, second = clock.chunks
-    assert first.stage_ms == pytest.approx({"step.0": 3, "step.1": 4, "decode": 2}) and first.wall_ms == pytest.approx(12)
+    assert first.stage_ms == pytest.approx({"step.0": 3, "step.1": 4, "decode": 2, "other": 3})
+    assert first.wall_ms == pytest.approx(12) == sum(first.stage_ms.values())
     assert first.push_ms == pytest.approx((1, 4)), "the end of the clip belongs to its last frame"
-    assert second.stage_ms == pytest.approx({"step.0": 1}) and second.wall_ms == pytest.approx(3)
+    assert second.stage_ms == pytest.approx({"step.0": 1, "other": 2}) and second.wall_ms == pytest.approx(3)
     assert clock.spans_ms[1][0].start_ms == pytest.approx(1) and not spans
+
+
+def test_time_is_other_only_where_no_stage_ran():
+    """Stages that overlap sum to more than the wall time, which `other` must not hide."""
+    spans = [timing.Span(name, start * 1_000_000, end * 1_000_000) for name, start, end in (("a", 1, 5), ("b", 2, 4), ("c", 6, 9))]
+    clock = ChunkClock(spans, begin_ns=0)
+    clock.chunk(1, 0, True, 10_000_000)
+    (found,) = clock.chunks
+    assert found.stage_ms["other"] == pytest.approx(3) and sum(found.stage_ms.values()) == pytest.approx(12)
+    assert measure._is_overlapped(clock.spans_ms[0])
 
 
 def test_a_noisy_run_says_why():

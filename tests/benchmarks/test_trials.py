@@ -38,7 +38,7 @@ def test_one_trial_on_the_tiny_bundle(tiny_bundle):
     config = Bundle(tiny_bundle).config
     case = resolve(replace(trials.small_case(6), model=None, bundle=str(tiny_bundle), frames=29, steps=1), config)
     trial = trials.run_trial(case, tiny_bundle, "decode", 3.0)
-    assert {"total", "steps", "pose", "decode", "loop"} <= set(trial["planted"]) == set(trial["identical"])
+    assert {"total", "steps", "pose", "decode", "other"} <= set(trial["planted"]) == set(trial["identical"])
     assert trial["planted"]["decode"]["change"] > 1 and trial["planted"]["decode"]["verdict"] == "inconclusive"
     assert trial["quiet"] and not trial["caught"]
     json.dumps(trial, allow_nan=False)

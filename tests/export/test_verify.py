@@ -105,7 +105,7 @@ def test_errors_are_what_they_are_called():
     assert result.passed and result.num_cases == 2
     assert compare("engine", "stage", [({"x": found}, {"x": right})], {**limit, "max_relative": 0.009}).passed is False
     assert compare("engine", "stage", [({"x": found}, {"x": right})], {**limit, "max_angle": 1e-9}).passed is False
-    equal = compare("engine", "stage", [({"x": right}, {"x": right})], None)
-    assert equal.psnr_db == np.inf and equal.cosine == 1 and equal.passed is None
+    equal = compare("engine", "stage", [({"x": right}, {"x": right})], {"max_relative": 0.0, "max_angle": 0.0})
+    assert equal.psnr_db == np.inf and equal.cosine == 1 and equal.passed
     found[0] = np.nan
     assert compare("engine", "stage", [({"x": found}, {"x": right})], limit).passed is False
