@@ -44,7 +44,8 @@ def add_run(commands) -> None:
     command.add_argument("--checkpoint", help="folder that BUNDLE was exported from, for its rows in PyTorch")
     command.add_argument(
         "--against", metavar="BASE",
-        help="another bundle folder, in turns with BUNDLE on the cases' engine alone: OUTPUT/base and OUTPUT/head, for fp-bench compare",
+        help="another bundle folder, in turns with BUNDLE on the cases' engine alone: writes OUTPUT/base and OUTPUT/head, "
+        "for fp-bench compare",
     )  # fmt: skip
     command.add_argument("--peers", metavar="A,B", help="only these peers, instead of the cases' own")
     command.add_argument("--quick", action="store_true", help="few repetitions, wide intervals")
