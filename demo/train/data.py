@@ -53,6 +53,10 @@ class ClipStore:
         shard, place = self._places[clip]
         return self._shards[shard][name][place]
 
+    def has(self, clip: int, name: str) -> bool:
+        """Whether `get` finds it: shards of older versions have no twins."""
+        return name in self._shards[self._places[clip][0]]
+
     def _open(self, path: Path) -> dict[str, np.ndarray]:
         target = self.unpacked / path.stem
         if not target.is_dir():

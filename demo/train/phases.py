@@ -103,7 +103,7 @@ def run_vae(job: Job) -> None:
     trainer.resume()
 
     def part_loss(vae, draw, part):
-        return vae_phase.vae_loss(vae, draw, vae_phase.sample_crops(train, draw, settings.batch, job.device))
+        return vae_phase.vae_loss(vae, draw, *vae_phase.sample_crops(train, draw, settings.batch, job.device))
 
     trainer.run(part_loss, partial(vae_phase.validate, store=val, device=job.device), refresher(train))
 
