@@ -19,6 +19,8 @@ import numpy as np
 
 from factorportrait.bundle import (
     CONSTANTS,
+    EMBED_BIAS,
+    EMBED_WEIGHT,
     MANIFEST,
     NEUTRAL_CODE,
     TARGETS,
@@ -159,8 +161,11 @@ def build_bundle(
     model = load_checkpoint(checkpoint)
     with whole_folder(output) as folder:
         stages, variants = _write_graphs(model, folder, precision, targets, external, on_progress)
-        neutral_code = model.expression["controller"].neutral_code
-        write_arrays(folder / CONSTANTS, {NEUTRAL_CODE: neutral_code.numpy()})
+        embedding = model.dit.patch_embedding
+        write_arrays(folder / CONSTANTS, {
+            NEUTRAL_CODE: model.expression["controller"].neutral_code.numpy(),
+            EMBED_WEIGHT: embedding.weight.detach().float().numpy(), EMBED_BIAS: embedding.bias.detach().float().numpy(),
+        })
         if (checkpoint / HEAD).is_file():
             shutil.copyfile(checkpoint / HEAD, folder / HEAD)
         manifest = Manifest(

@@ -30,6 +30,9 @@ NEUTRAL_CODE = "neutral_code"  # array of the constants: the expression code [E]
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "fp8")
 # Who runs a graph: ONNX Runtime on the CPU, ONNX Runtime on CUDA, TensorRT.
 TARGETS = ("cpu", "cuda", "tensorrt")
+# Arrays of the constants for the fused embedding: weight [D,C,1,p,p] and bias [D] of the patch embedding, float32. Older bundles
+# have none.
+EMBED_WEIGHT, EMBED_BIAS = "embed_weight", "embed_bias"
 SCHEMA_1_TARGETS = ("cpu", "cuda")  # its graphs hold attention in fp32, which TensorRT does not compile
 _EXPORT_AGAIN = "make the bundle again with fp-export"
 
