@@ -172,6 +172,14 @@ def tensor_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...
     return tuple(number(size) for size in tensor.shape)
 
 
+def symbol_sizes(tensors: Iterable[TensorSpec], buffers: Buffers) -> dict[str, int]:
+    """The sizes that buffers give the symbols of their tensors."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        _fits(tensor.shape, tuple(buffers[tensor.name].shape), sizes)
+    return sizes
+
+
 def check_buffers(spec: StageSpec, inputs: Buffers, outputs: Buffers) -> None:
     """Names, dtypes, ranks and sizes against the stage's; a wrong binding would read or write foreign memory.
 

@@ -6,6 +6,7 @@ The batch is fixed to 1 but for the two encoders: the sets of guidance have a ca
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from factorportrait.export.models.dit import CacheInPlace, Rotary
 from factorportrait.model_config import FRAMES_PER_LATENT
 
 if TYPE_CHECKING:
-    from factorportrait.export.models.dit import WanDiT
+    from factorportrait.export.models.dit import Block, WanDiT
     from factorportrait.export.models.expression import ExpressionController
     from factorportrait.export.models.factorportrait import FactorPortrait
 
@@ -78,125 +79,180 @@ class ConditionStage(nn.Module):
 
     def __init__(self, dit: WanDiT):
         super().__init__()
-        self.dit = dit
+        self.dit = only(dit, "patch_embedding")
 
     def forward(self, reference_latents: Tensor, pose_latents: Tensor, rays: Tensor) -> Tensor:
         """See the class."""
         return self.dit.embed_conditions(reference_latents, rays, pose_latents)
 
 
-class TextStage(nn.Module):
-    """text [B,L,text_dim] -> keys and values [B,L,D] of every block."""
+class ContextStage(nn.Module):
+    """Embeddings of a prompt or a picture [B,L,width] -> keys and values [B,L,D] of cross-attention, blocks `start` up to `end`."""
 
-    def __init__(self, dit: WanDiT):
+    def __init__(self, dit: WanDiT, source: str, start: int = 0, end: int | None = None):
         super().__init__()
-        self.dit = dit
+        keys = {"text": ("k", "v", "norm_k"), "image": ("k_img", "v_img", "norm_k_img")}[source]
+        self.embedding = dit.text_embedding if source == "text" else dit.img_emb
+        blocks = dit.blocks[start:end]
+        self.attentions = nn.ModuleList(
+            nn.ModuleDict({name: getattr(block.cross_attn, key) for name, key in zip(("k", "v", "norm_k"), keys, strict=True)})
+            for block in blocks
+        )
 
-    def forward(self, text: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, given: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
-        return tuple(tensor for pair in self.dit.embed_text(text) for tensor in pair)
+        first = next(self.embedding.parameters())
+        context = self.embedding(given.to(first.dtype))
+        out = []
+        for attention in self.attentions:
+            x = context.to(attention["k"].weight.dtype)
+            out += [attention["norm_k"](attention["k"](x)), attention["v"](x)]
+        return tuple(out)
 
 
-class DiTRange(nn.Module):
-    """Blocks `start` up to `end` of the transformer: the first range embeds the noise, the last one has the head.
+def only(module: nn.Module, *names: str) -> nn.Module:
+    """The same module with some of its parts alone, their parameters shared: a graph of it takes no other weights."""
+    part = copy.copy(module)
+    part._modules = {name: child for name, child in module._modules.items() if name in names}
+    return part
 
-    Inputs and outputs by name: `input_names` and `output_names`; blocks keep their number in the whole.
+
+def range_of(dit: WanDiT, start: int, end: int) -> WanDiT:
+    """The transformer with what blocks `start` up to `end` run; blocks keep their numbers, the others are empty.
+
+    The first range embeds the noise, the last one has the head. Keys and values of text and picture come from other stages.
     """
+    ends = [name for name, has in (("patch_embedding", start == 0), ("head", end == len(dit.blocks))) if has]
+    part = only(dit, "blocks", "face_adapter", *ends)
+    part.blocks = nn.ModuleList(
+        _without_context(block) if start <= i < end else nn.Identity() for i, block in enumerate(dit.blocks)
+    )
+    if dit.config.face is not None:
+        interval = dit.config.face.block_interval
+        adapters = enumerate(dit.face_adapter["fuser_blocks"])
+        kept = nn.ModuleList(adapter if start <= i * interval < end else nn.Identity() for i, adapter in adapters)
+        part.face_adapter = nn.ModuleDict({"fuser_blocks": kept})
+    return part
+
+
+def _without_context(block: Block) -> Block:
+    if "cross_attn" not in block._modules:
+        return block
+    part = only(block, *block._modules)
+    part.cross_attn = only(block.cross_attn, "q", "norm_q", "o")
+    return part
+
+
+class _Blocks(nn.Module):
+    """What both forms of a range of blocks share: checks, names, and what cross-attention and face adapters look up."""
 
     def __init__(self, dit: WanDiT, start: int, end: int):
         super().__init__()
         if not 0 <= start < end <= len(dit.blocks):
             raise ValueError(f"blocks: expected 0 <= start < end <= {len(dit.blocks)}, found {start} and {end}")
-        self.dit, self.start, self.end = dit, start, end
+        self.dit, self.start, self.end = range_of(dit, start, end), start, end
         self.first, self.last = start == 0, end == len(dit.blocks)
+
+    def _leading(self) -> list[str]:
+        names = ["noise_latents", "condition_tokens"] if self.first else ["hidden_states"]
+        return names + ["expression_modulation"] + (["temb"] if self.last else []) + ["timestep_proj"]
+
+    def _looked_up(self) -> list[str]:
+        config, names = self.dit.config, []
+        names += self._per_block("text_{}.{}") if config.text_dim is not None else []
+        names += self._per_block("image_{}.{}") if config.image_dim is not None else []
+        return names + [f"face_{part}.{adapter}" for adapter in self._adapters() for part in "kv"]
+
+    def _adapters(self) -> list[int]:
+        face, blocks = self.dit.config.face, range(self.start, self.end)
+        return [] if face is None else [block // face.block_interval for block in blocks if block % face.block_interval == 0]
+
+    def _per_block(self, name: str) -> list[str]:
+        return [name.format(part, block) for block in range(self.start, self.end) for part in "kv"]
+
+    def _run(self, given: dict[str, Tensor], rotary: Rotary, past: list | None) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """All blocks on the named inputs, up to the velocity where this is the last range."""
+        dit, blocks = self.dit, range(self.start, self.end)
+        text_kv, image_kv = (
+            [(given[f"{source}_k.{block}"], given[f"{source}_v.{block}"]) for block in blocks]
+            if f"{source}_k.{self.start}" in given
+            else None
+            for source in ("text", "image")
+        )
+        face_kv = {i: (given[f"face_k.{i}"], given[f"face_v.{i}"]) for i in self._adapters()}
+        x = dit.embed_noise(given["noise_latents"]) + given["condition_tokens"] if self.first else given["hidden_states"]
+        modulation = given["timestep_proj"].float() + given["expression_modulation"].float()
+        x, new_kv = dit.run_blocks(
+            dit.blocks[self.start : self.end], x, modulation, rotary, past, text_kv, None, image_kv,
+            dit.adapters_of(self.start, self.end, face_kv or None),
+        )  # fmt: skip
+        return (dit.unpatchify(dit.head(x, given["temb"])) if self.last else x), new_kv
+
+
+class DiTRange(_Blocks):
+    """Blocks `start` up to `end` of the transformer: the first range embeds the noise, the last one has the head.
+
+    Inputs and outputs by name: `input_names` and `output_names`; blocks keep their number in the whole.
+    """
 
     @property
     def input_names(self) -> list[str]:
         """In the order of `forward`."""
-        names = ["noise_latents", "condition_tokens"] if self.first else ["hidden_states"]
-        names += ["expression_modulation"] + (["temb"] if self.last else [])
-        names += ["timestep_proj", "positions", "past_positions", *self._per_block("past")]
-        return names + (self._per_block("text") if self.dit.config.text_dim is not None else [])
+        return [*self._leading(), "positions", "past_positions", *self._per_block("past_{}.{}"), *self._looked_up()]
 
     @property
     def output_names(self) -> list[str]:
         """In the order that `forward` returns."""
-        return ["velocity" if self.last else "hidden_states", *self._per_block("new")]
-
-    def _per_block(self, prefix: str) -> list[str]:
-        return [f"{prefix}_{part}.{block}" for block in range(self.start, self.end) for part in "kv"]
+        return ["velocity" if self.last else "hidden_states", *self._per_block("new_{}.{}")]
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         """Shapes as in DESIGN.md, `hidden_states` [B,F,T,D]."""
         given = dict(zip(self.input_names, args, strict=True))
-        blocks = range(self.start, self.end)
-        past_kv, text_kv = (
-            [(given[f"{prefix}_k.{block}"], given[f"{prefix}_v.{block}"]) for block in blocks]
-            if f"{prefix}_k.{self.start}" in given
-            else None
-            for prefix in ("past", "text")
-        )
-        dit = self.dit
-        if self.first:
-            x = dit.embed_noise(given["noise_latents"]) + given["condition_tokens"]
-        else:
-            x = given["hidden_states"]
-        modulation = given["timestep_proj"].float() + given["expression_modulation"].float()
-        rotary = dit.rotary_pair(given["positions"], given["past_positions"])
-        x, new_kv = dit.run_blocks(dit.blocks[self.start : self.end], x, modulation, rotary, past_kv, text_kv)
-        if self.last:
-            x = dit.unpatchify(dit.head(x, given["temb"]))
+        past_kv = [(given[f"past_k.{block}"], given[f"past_v.{block}"]) for block in range(self.start, self.end)]
+        rotary = self.dit.rotary_pair(given["positions"], given["past_positions"])
+        x, new_kv = self._run(given, rotary, past_kv)
         return (x, *(tensor for pair in new_kv for tensor in pair))
 
 
-class InPlaceDiT(nn.Module):
-    """The transformer on a cache that it updates: `cache_k_out.i` is `cache_k.i` with the chunk's keys in its slots.
+class InPlaceDiT(_Blocks):
+    """Blocks on a cache that they update: `cache_k_out.i` is `cache_k.i` with the chunk's keys in its slots.
 
     Whoever runs it binds both to one memory, so nothing is copied. Queries see all S slots of `key_positions`, without a mask.
 
     Args:
         capacity: slots of the cache; None for S, so that the part in use is bound. TensorRT compiles only a fixed number.
+        start, end: the first block and the one after the last; None for all that follow.
     """
 
-    def __init__(self, dit: WanDiT, capacity: int | None = None):
-        super().__init__()
-        self.dit, self.capacity = dit, capacity
+    def __init__(self, dit: WanDiT, capacity: int | None = None, start: int = 0, end: int | None = None):
+        super().__init__(dit, start, len(dit.blocks) if end is None else end)
+        self.capacity = capacity
         self.mutate = False  # torch writes into the cache given
 
     @property
     def input_names(self) -> list[str]:
         """In the order of `forward`."""
-        names = ["noise_latents", "condition_tokens", "expression_modulation", "temb", "timestep_proj"]
-        names += ["positions", "key_positions", "write_index", *self._per_block("cache_{}.{}")]
-        return names + (self._per_block("text_{}.{}") if self.dit.config.text_dim is not None else [])
+        names = [*self._leading(), "positions", "key_positions", "write_index", *self._per_block("cache_{}.{}")]
+        return names + self._looked_up()
 
     @property
     def output_names(self) -> list[str]:
         """In the order that `forward` returns."""
-        return ["velocity", *self._per_block("cache_{}_out.{}")]
-
-    def _per_block(self, name: str) -> list[str]:
-        return [name.format(part, block) for block in range(len(self.dit.blocks)) for part in "kv"]
+        return ["velocity" if self.last else "hidden_states", *self._per_block("cache_{}_out.{}")]
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         """Shapes as in DESIGN.md; a cache is [1,1,S*T,D], `key_positions` [S], `write_index` [1] counts slots."""
         given = dict(zip(self.input_names, args, strict=True))
-        dit, blocks = self.dit, range(len(self.dit.blocks))
-        tokens = given["condition_tokens"].shape[2]
+        dit, blocks = self.dit, range(self.start, self.end)
+        tokens = given["condition_tokens" if self.first else "hidden_states"].shape[2]
         row = given["write_index"] * tokens
         num_rows = None if self.capacity is None else given["key_positions"].shape[0] * tokens
         caches = [
             CacheInPlace(given[f"cache_k.{block}"], given[f"cache_v.{block}"], row, num_rows, self.mutate) for block in blocks
         ]
-        text_kv = None
-        if "text_k.0" in given:
-            text_kv = [(given[f"text_k.{block}"], given[f"text_v.{block}"]) for block in blocks]
-        x = dit.embed_noise(given["noise_latents"]) + given["condition_tokens"]
-        modulation = given["timestep_proj"].float() + given["expression_modulation"].float()
         rotary = Rotary(dit.rotary(given["positions"]), dit.rotary(given["key_positions"]))
-        x, _ = dit.run_blocks(dit.blocks, x, modulation, rotary, caches, text_kv)
-        velocity = dit.unpatchify(dit.head(x, given["temb"]))
-        return (velocity, *(memory for cache in caches for memory in (cache.k, cache.v)))
+        x, _ = self._run(given, rotary, caches)
+        return (x, *(memory for cache in caches for memory in (cache.k, cache.v)))
 
 
 class Examples:
@@ -334,7 +390,7 @@ def in_place_inputs(model: FactorPortrait, frames: int, used: int, first: int, s
 
 
 # Symbolic sizes of the transformer's inputs: axis -> name.
-_DIT_SHAPES = {
+DIT_SHAPES = {
     "noise_latents": {2: "F"},
     "condition_tokens": {1: "F"},
     "hidden_states": {1: "F"},
@@ -348,6 +404,10 @@ _DIT_SHAPES = {
     "past_v": {1: "P"},
     "text_k": {1: "L"},
     "text_v": {1: "L"},
+    "image_k": {1: "I"},
+    "image_v": {1: "I"},
+    "face_k": {1: "F"},
+    "face_v": {1: "F"},
 }
 
 
@@ -371,7 +431,7 @@ def dit_stage(model: FactorPortrait, start: int = 0, end: int | None = None) -> 
         args=tuple(inputs[name] for name in module.input_names),
         input_names=module.input_names,
         output_names=module.output_names,
-        dynamic_shapes={name: _DIT_SHAPES[name.split(".")[0]] for name in module.input_names},
+        dynamic_shapes={name: DIT_SHAPES[name.split(".")[0]] for name in module.input_names},
     )
 
 
@@ -383,7 +443,7 @@ def in_place_stage(model: FactorPortrait, capacity: int | None = None) -> Stage:
     """
     module = InPlaceDiT(model.dit, capacity).eval()
     inputs = in_place_inputs(model, EXAMPLE_FRAMES, EXAMPLE_PAST, 1, draw_past=True)
-    shapes = {name: _DIT_SHAPES.get(name.split(".")[0]) for name in module.input_names}
+    shapes = {name: DIT_SHAPES.get(name.split(".")[0]) for name in module.input_names}
     rows = model.config.tokens_per_frame
     for name in module.input_names:
         if not name.startswith("cache_"):
@@ -394,6 +454,12 @@ def in_place_stage(model: FactorPortrait, capacity: int | None = None) -> Stage:
             inputs[name] = F.pad(inputs[name], (0, 0, 0, capacity * rows - inputs[name].shape[2]))
     args = tuple(inputs[name] for name in module.input_names)
     return Stage("dit_inplace", module, args, module.input_names, module.output_names, shapes, opset=24)
+
+
+def time_embed(dit: WanDiT) -> nn.Module:
+    """timesteps [B,F] -> temb, timestep_proj."""
+    part = only(dit, "time_embedding", "time_projection")
+    return Call(part, part.embed_time)
 
 
 def stages_of(model: FactorPortrait) -> list[Stage]:
@@ -427,14 +493,14 @@ def stages_of(model: FactorPortrait) -> list[Stage]:
             list(conditions), ["condition_tokens"], {name: {2: "F"} for name in conditions},
         ),
         Stage(
-            "time_embed", Call(dit, dit.embed_time), (make.timesteps(EXAMPLE_FRAMES),),
+            "time_embed", time_embed(dit), (make.timesteps(EXAMPLE_FRAMES),),
             ["timesteps"], ["temb", "timestep_proj"], {"timesteps": {1: "F"}},
         ),
     ]  # fmt: skip
     if config.dit.text_dim is not None:
         names = [f"text_{part}.{i}" for i in range(config.dit.num_layers) for part in "kv"]
         text = make.normal(1, EXAMPLE_TEXT, config.dit.text_dim)
-        stages.append(Stage("text_embed", TextStage(dit), (text,), ["text"], names, {"text": {1: "L"}}))
+        stages.append(Stage("text_embed", ContextStage(dit, "text"), (text,), ["text"], names, {"text": {1: "L"}}))
     stages.append(dit_stage(model))
     if "stream" in config.generation.modes:
         stages.append(in_place_stage(model))

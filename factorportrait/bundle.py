@@ -9,6 +9,7 @@ head.npz          optional: a mean head to pose when a source has only head angl
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -23,10 +24,12 @@ from factorportrait.errors import BundleError, CheckpointError
 from factorportrait.files import sha256_file
 from factorportrait.model_config import ModelConfig
 
-SCHEMA = 2
+SCHEMA = 3  # 2 has one system and no ranges of blocks; it is read as it is
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.npz"
-NEUTRAL_CODE = "neutral_code"  # array of the constants: the expression code [E] of a face at rest
+# Arrays of the constants: the expression code [E] of a face at rest; the default prompt's embeddings [L, text_dim]; the bias [D] of
+# a patch embedding that has no stream but the noise, so no stage that would add it.
+NEUTRAL_CODE, PROMPT, PATCH_BIAS = "neutral_code", "prompt", "patch_bias"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "fp8")
 # Who runs a graph: ONNX Runtime on the CPU, ONNX Runtime on CUDA, TensorRT.
 TARGETS = ("cpu", "cuda", "tensorrt")
@@ -94,7 +97,7 @@ class Manifest:
     """What manifest.json holds.
 
     Attributes:
-        stages: the graph of every stage for all targets that have no variant of it.
+        stages: the graph of every stage for all targets that have no variant of it; a large one is cut, see `stage_parts`.
         targets: who can run this bundle.
         variants: target -> stage -> the graph for that target alone.
         source_key: digest of everything that the export depends on.
@@ -169,6 +172,7 @@ class Manifest:
             stages = _stages_from_dict(data["stages"], where)
             variants = {target: _stages_from_dict(entry, where) for target, entry in data["variants"].items()}
             _check_targets(targets, variants, where)
+            _check_parts(stages, where)
             for spec in (*stages.values(), *(spec for own in variants.values() for spec in own.values())):
                 _check_listed(spec, files, where)
             provenance = checked_value(Mapping[str, Any], data["provenance"], f"{where}: provenance")
@@ -194,6 +198,12 @@ class Manifest:
             ) from error
 
 
+def stage_parts(stages: Mapping[str, Any], name: str) -> list[str]:
+    """Names of the stages that a large stage was cut into, `NAME_START_END` by blocks, in their order; none where it is whole."""
+    found = [(int(match[1]), int(match[2]), key) for key in stages if (match := re.fullmatch(rf"{name}_(\d+)_(\d+)", key))]
+    return [key for _, _, key in sorted(found)]
+
+
 def _from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
     """Schema 1 had one graph per stage, for ONNX Runtime, with the weights inside or beside it under the graph's name."""
     stages = {
@@ -214,6 +224,17 @@ def _check_targets(targets: tuple[str, ...], variants: Mapping[str, Any], where:
             f"{where}: variants", expected=f"targets of this bundle, {', '.join(targets)}", found=", ".join(variants),
             action=_EXPORT_AGAIN,
         )  # fmt: skip
+
+
+def _check_parts(stages: Mapping[str, Any], where: str) -> None:
+    for name in {match[1] for key in stages if (match := re.fullmatch(r"(.+)_\d+_\d+", key))}:
+        ends = [[int(number) for number in key.rsplit("_", 2)[1:]] for key in stage_parts(stages, name)]
+        starts = [0, *(end for _, end in ends[:-1])]
+        if [start for start, _ in ends] != starts or any(end <= start for start, end in ends):
+            raise BundleError(
+                f"{where}: stage {name}", expected="ranges of blocks, one behind the other from 0 on",
+                found=", ".join(f"{start} to {end}" for start, end in ends), action=_EXPORT_AGAIN,
+            )  # fmt: skip
 
 
 def _check_listed(spec: StageSpec, files: Mapping[str, FileEntry], where: str) -> None:
@@ -337,6 +358,8 @@ class Bundle:
             raise BundleError(
                 f"bundle file {path}", expected="a whole .npz of arrays", found=str(error), action=_EXPORT_AGAIN
             ) from error
+        if not self.config.conditioning.shows_expression:
+            return arrays
         code = arrays.get(NEUTRAL_CODE)
         if code is None or code.shape != (size,) or code.dtype.kind != "f":
             raise BundleError(

@@ -7,12 +7,14 @@ from typing import Any
 
 from factorportrait.config import CORRECT, VAEConfig, config_from_dict, config_to_dict, require_positive
 from factorportrait.errors import CheckpointError
+from factorportrait.systems import SYSTEMS, System
 
 STREAMS = ("reference", "noise", "camera", "pose")
 # What else public Wan models concatenate: a mask of the frames that are given, their latents, a control video's latents.
 WAN_STREAMS = ("mask", "image", "control")
 SOLVERS = ("euler", "renoise", "unipc", "dpm++")
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; slot 1 holds one frame
+TEXT_TOKENS = 512  # rows of a prompt's embeddings; behind the prompt they are zero and seen all the same (Wan's `text_len`)
 
 
 @dataclass(frozen=True)
@@ -280,27 +282,15 @@ class ModelConfig:
     name: str = "unnamed"
 
     def __post_init__(self):
-        if self.system != "factorportrait":
+        if self.system not in SYSTEMS:
             raise CheckpointError(
                 "system",
-                expected="factorportrait",
+                expected=" or ".join(SYSTEMS),
                 found=repr(self.system),
                 action="use a version that knows this system",
             )
         require_positive(self, "height", "width", "fps")
-        if sorted(self.fusion.streams) != sorted(STREAMS):
-            raise CheckpointError(
-                "fusion: streams",
-                expected=f"each of {', '.join(STREAMS)} once",
-                found=", ".join(self.fusion.streams),
-                action=CORRECT,
-            )
-        for name in ("image_dim", "reference_channels", "pose_channels", "face", "ray_adapter"):
-            if getattr(self.dit, name) is not None:
-                raise CheckpointError(
-                    f"dit: {name}", expected="null: this system has no such input", found="a value",
-                    action="take a transformer without it, such as Wan's T2V or TI2V",
-                )  # fmt: skip
+        self._check_inputs()
         if self.vae.temporal_stride != FRAMES_PER_LATENT:
             raise CheckpointError(
                 "vae: temporal_downsample",
@@ -331,6 +321,42 @@ class ModelConfig:
                 found=f"{self.fusion.latent_channels}, {self.dit.out_channels}, {self.vae.z_dim}",
                 action=CORRECT,
             )
+
+    def _check_inputs(self) -> None:
+        """What the patch embedding and the transformer take has to be what the system gives them."""
+        system = self.conditioning
+        if set(self.fusion.streams) != set(system.streams):
+            raise CheckpointError(
+                "fusion: streams",
+                expected=f"each of {', '.join(system.streams)} once",
+                found=", ".join(self.fusion.streams),
+                action=CORRECT,
+            )
+        for name in ("image_dim", "reference_channels", "pose_channels", "face", "ray_adapter"):
+            has, wanted = getattr(self.dit, name) is not None, name in system.parts
+            if has and not wanted:
+                raise CheckpointError(
+                    f"dit: {name}", expected="null: this system has no such input", found="a value",
+                    action="take a transformer without it, such as Wan's T2V or TI2V",
+                )  # fmt: skip
+            if wanted and not has:
+                raise CheckpointError(
+                    f"dit: {name}", expected=f"a value: {self.system} needs it", found="null", action="take this system's weights"
+                )
+        if system.reference in ("slot", "noised", "start") and "stream" in self.generation.modes:
+            raise CheckpointError(
+                "generation: modes", expected=f"clip: {self.system} attends to all frames of a clip", found="stream",
+                action=CORRECT,
+            )  # fmt: skip
+        if system.reference == "context" and "clip" in self.generation.modes:
+            raise CheckpointError(
+                "generation: modes", expected=f"stream: {self.system} is causal", found="clip", action=CORRECT
+            )
+
+    @property
+    def conditioning(self) -> System:
+        """What the system is conditioned on."""
+        return SYSTEMS[self.system]
 
     @property
     def latent_height(self) -> int:

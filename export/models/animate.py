@@ -181,12 +181,13 @@ class FaceAdapter(nn.Module):
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Face tokens [B,F,M,D] -> keys and values [B,F,M,D], once per clip."""
-        k, v = self.linear1_kv(F.layer_norm(tokens, (tokens.shape[-1],), eps=self.eps)).chunk(2, dim=-1)
+        normed = F.layer_norm(tokens.float(), (tokens.shape[-1],), eps=self.eps).to(self.linear1_kv.weight.dtype)
+        k, v = self.linear1_kv(normed).chunk(2, dim=-1)
         return self.k_norm(k.unflatten(-1, (self.num_heads, -1))).flatten(-2), v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """x [B,F,T,D], k, v [B,F,M,D] -> what is added to x."""
-        q = self.linear1_q(F.layer_norm(x, (x.shape[-1],), eps=self.eps)).unflatten(-1, (self.num_heads, -1))
+        q = self.linear1_q(F.layer_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)).unflatten(-1, (self.num_heads, -1))
         q, k, v = (
             t.flatten(0, 1).transpose(1, 2)
             for t in (self.q_norm(q), *(t.unflatten(-1, (self.num_heads, -1)) for t in (k, v)))

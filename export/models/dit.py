@@ -405,9 +405,12 @@ class WanDiT(nn.Module):
         return x, new_kv
 
     def adapters_of(
-        self, start: int, end: int, face_kv: list[tuple[Tensor, Tensor]] | None
+        self, start: int, end: int, face_kv: Sequence[tuple[Tensor, Tensor]] | Mapping[int, tuple[Tensor, Tensor]] | None
     ) -> dict[int, tuple[FaceAdapter, Tensor, Tensor]]:
-        """Adapters behind the blocks from `start` to before `end`, by a block's place among these, with their keys and values."""
+        """Adapters behind the blocks from `start` to before `end`, by a block's place among these, with their keys and values.
+
+        face_kv: of every adapter, or of these by number.
+        """
         if face_kv is None:
             return {}
         interval = self.config.face.block_interval

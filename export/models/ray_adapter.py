@@ -37,5 +37,5 @@ class RayAdapter(nn.Module):
     def forward(self, rays: Tensor) -> Tensor:
         """rays [B,24,F,H,W], the four frames of a latent frame on channels -> tokens [B,F,T,D]."""
         batch, _, frames, _, _ = rays.shape
-        x = F.pixel_unshuffle(rays.transpose(1, 2).flatten(0, 1), self.downscale)
+        x = F.pixel_unshuffle(rays.transpose(1, 2).flatten(0, 1).to(self.conv.weight.dtype), self.downscale)
         return self.residual_blocks(self.conv(x)).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))

@@ -1,94 +1,119 @@
-"""The graphs that public Wan models have beside FactorPortrait's: what they are conditioned on, computed once per clip or portrait.
+"""The graphs that public Wan models have for their conditions, each run once per clip or portrait.
 
 Names follow DESIGN.md: `image_k.i`, `image_v.i` per block and `face_k.i`, `face_v.i` per adapter are inputs of the transformer as
-`text_k.i` is; every `*_tokens` is added to, or put before, `condition_tokens`.
+`text_k.i` is. `condition_embed` gives the tokens of the frames, `reference_embed` those of slot 0 where a system has one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorportrait.export.models.animate import FoldedMotionEncoder
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.models.taehv import TinyDecoder
 from factorportrait.export.models.vae_stages import _FirstStage, _SteadyStage
-from factorportrait.export.stages import EXAMPLE_BATCH, EXAMPLE_FRAMES, EXAMPLE_TEXT, Stage
+from factorportrait.export.stages import EXAMPLE_BATCH, EXAMPLE_FRAMES, Stage, only
+from factorportrait.model_config import FRAMES_PER_LATENT
+
+# What embeds an input that is no stream of the patch embedding.
+_PARTS = {"pose_latents": "pose_patch_embedding", "rays": "control_adapter"}
 
 
-class _Method(nn.Module):
-    """A method of the transformer: tensors in, and out a tensor or the tensors of pairs."""
+class ConditionTokens(nn.Module):
+    """Everything that the frames' tokens are made of but the noise -> condition_tokens [B,F,T,D].
 
-    def __init__(self, dit: WanDiT, method: Callable):
+    Args:
+        names: of the inputs in order: `STREAM_latents` of the patch embedding [B,C,F,h,w], `pose_latents` [B,C,F,h,w] of Animate,
+            `rays` [B,24,F,H,W] of Control-Camera.
+    """
+
+    def __init__(self, dit: WanDiT, names: list[str]):
         super().__init__()
-        self.dit, self.method = dit, method.__name__
+        self.names = names
+        self.dit = only(dit, "patch_embedding", *(_PARTS[name] for name in names if name in _PARTS))
 
-    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = getattr(self.dit, self.method)(*args)
-        return out if isinstance(out, Tensor) else tuple(tensor for pair in out for tensor in pair)
+    def forward(self, *given: Tensor) -> Tensor:
+        """See the class."""
+        inputs = dict(zip(self.names, given, strict=True))
+        pose, rays = inputs.pop("pose_latents", None), inputs.pop("rays", None)
+        tokens = self.dit.embed_streams({name.removesuffix("_latents"): value for name, value in inputs.items()})
+        if pose is not None:
+            tokens = tokens + self.dit.embed_pose(pose)
+        if rays is not None:
+            tokens = tokens + self.dit.control_adapter(rays)
+        return tokens
 
 
-class _Streams(nn.Module):
-    """Latents of every stream but the noise, in the order of the config -> condition_tokens [B,F,T,D]."""
+class ReferenceTokens(nn.Module):
+    """Latents of the portrait [B,C,1,h,w] -> tokens of slot 0 [B,1,T,D] (Fun Control)."""
 
     def __init__(self, dit: WanDiT):
         super().__init__()
-        self.dit = dit
+        self.ref_conv, self.patch_size = dit.ref_conv, dit.config.patch_size
 
-    def forward(self, *latents: Tensor) -> Tensor:
-        names = [stream for stream in self.dit.fusion.streams if stream != "noise"]
-        return self.dit.embed_streams(dict(zip(names, latents, strict=True)))
+    def forward(self, latents: Tensor) -> Tensor:
+        """See the class."""
+        frames = latents.squeeze(2).to(self.ref_conv.weight.dtype)
+        return self.ref_conv(frames).flatten(2).transpose(1, 2).unsqueeze(1)
 
 
-def wan_stages(dit: WanDiT, face_frames: int = 77) -> list[Stage]:
-    """Stages of what a config has, batch 1 but for the motion encoder.
+class FaceTokens(nn.Module):
+    """Motion codes -> keys and values [B,F,M,D] of every adapter (Animate).
 
-    Args:
-        face_frames: driving frames of a clip, 1 + a multiple of 4; Animate was trained with 77.
-
-    Raises:
-        ValueError: another number of frames.
+    codes [B,4F,E] in groups of four, as all that is per frame: the first group stands for slot 0 and is not looked at, the second
+    one holds the first frame four times. Slot 0 has zero tokens.
     """
-    if (face_frames - 1) % 4:
-        raise ValueError(f"face_frames: expected 1 + a multiple of 4, found {face_frames}")
+
+    def __init__(self, dit: WanDiT):
+        super().__init__()
+        self.face_encoder, self.adapters = dit.face_encoder, dit.face_adapter["fuser_blocks"]
+
+    def forward(self, codes: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        # The first frame once: the aggregator takes 1 + 4N of them.
+        tokens = self.face_encoder(codes[:, 2 * FRAMES_PER_LATENT - 1 :])
+        tokens = F.pad(tokens, (0, 0, 0, 0, 1, 0))
+        return tuple(tensor for adapter in self.adapters for tensor in adapter.keys_values(tokens))
+
+
+def wan_stages(dit: WanDiT) -> list[Stage]:
+    """Stages of the conditions that a config has, batch 1 but for the motion encoder; keys and values of text and picture apart."""
     config, fusion = dit.config, dit.fusion
     rows, columns = (side * config.patch_size[1] for side in dit.grid)
 
     def latents(channels: int, frames: int = EXAMPLE_FRAMES, scale: int = 1) -> Tensor:
         return torch.zeros(1, channels, frames, rows * scale, columns * scale)
 
-    def pairs(prefix: str, number: int) -> list[str]:
-        return [f"{prefix}_{part}.{i}" for i in range(number) for part in "kv"]
-
     stages = []
 
     def add(name: str, module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], sizes: dict[str, dict] | None = None):
         stages.append(Stage(name, module.eval(), tuple(inputs.values()), list(inputs), outputs, sizes))
 
-    streams = [stream for stream in fusion.streams if stream != "noise"]
+    streams = {f"{stream}_latents": latents(fusion.channels(stream)) for stream in fusion.streams if stream != "noise"}
     if streams:
-        inputs = {f"{stream}_latents": latents(fusion.channels(stream)) for stream in streams}
-        add("stream_embed", _Streams(dit), inputs, ["condition_tokens"], {name: {2: "F"} for name in inputs})
-    if config.image_dim is not None:
-        inputs = {"image": torch.zeros(1, EXAMPLE_TEXT, config.image_dim)}
-        add("image_embed", _Method(dit, dit.embed_image), inputs, pairs("image", config.num_layers), {"image": {1: "L"}})
+        inputs = dict(streams)
+        if config.pose_channels is not None:
+            inputs["pose_latents"] = latents(config.pose_channels)
+        if config.ray_adapter is not None:
+            inputs["rays"] = latents(config.ray_adapter.channels, scale=config.ray_adapter.downscale)
+        sizes = {name: {2: "F"} for name in inputs}
+        add("condition_embed", ConditionTokens(dit, list(inputs)), inputs, ["condition_tokens"], sizes)
     if config.reference_channels is not None:
         inputs = {"reference_latents": latents(config.reference_channels, 1)}
-        add("reference_embed", _Method(dit, dit.embed_reference), inputs, ["reference_tokens"])
+        add("reference_embed", ReferenceTokens(dit), inputs, ["condition_tokens"])
     if config.pose_channels is not None:
-        inputs = {"pose_latents": latents(config.pose_channels)}
-        add("pose_embed", _Method(dit, dit.embed_pose), inputs, ["pose_tokens"], {"pose_latents": {2: "F"}})
-    if config.ray_adapter is not None:
-        inputs = {"rays": latents(config.ray_adapter.channels, scale=config.ray_adapter.downscale)}
-        add("ray_embed", dit.control_adapter, inputs, ["ray_tokens"], {"rays": {2: "F"}})
+        # Slot 0 is the portrait, which has no pose: the pose's embedding, its bias too, is left out.
+        inputs = {name: value[:, :, :1] for name, value in streams.items()}
+        add("reference_embed", ConditionTokens(dit, list(inputs)), inputs, ["condition_tokens"])
     if config.face is not None:
         size = config.face.image_size
         inputs = {"image": torch.zeros(EXAMPLE_BATCH, 3, size, size)}
         add("motion_encoder", FoldedMotionEncoder(dit.motion_encoder), inputs, ["code"], {"image": {0: "B"}})
-        inputs = {"codes": torch.zeros(1, face_frames, config.face.code_dim)}
-        add("face_embed", _Method(dit, dit.embed_face), inputs, pairs("face", len(dit.face_adapter["fuser_blocks"])))
+        inputs = {"codes": torch.zeros(1, FRAMES_PER_LATENT * EXAMPLE_FRAMES, config.face.code_dim)}
+        names = [f"face_{part}.{i}" for i in range(len(dit.face_adapter["fuser_blocks"])) for part in "kv"]
+        add("face_embed", FaceTokens(dit), inputs, names, {"codes": {1: "4*F"}})
     return stages
 
 

@@ -37,7 +37,7 @@ def wan_block() -> tuple[ModelConfig, onnx.ModelProto]:
 
     from factorportrait.export.graphs import export_stage
     from factorportrait.export.models.dit import WanDiT
-    from factorportrait.export.stages import _DIT_SHAPES, DiTRange, Stage
+    from factorportrait.export.stages import DIT_SHAPES, DiTRange, Stage
 
     data = copy.deepcopy(TINY) | {"height": 512, "width": 512, "dit": WAN_1_3B | {"num_layers": 1}}
     data["generation"] = data["generation"] | {"max_clip_frames": 21}
@@ -65,7 +65,7 @@ def wan_block() -> tuple[ModelConfig, onnx.ModelProto]:
             arguments.append(torch.zeros((1, past, tokens, dim) if name.startswith("past") else (1, 7, dim)))
     names = module.input_names
     stage = Stage(
-        "dit", module, tuple(arguments), names, module.output_names, {name: _DIT_SHAPES[name.split(".")[0]] for name in names}
+        "dit", module, tuple(arguments), names, module.output_names, {name: DIT_SHAPES[name.split(".")[0]] for name in names}
     )
     model = onnx_ir.to_proto(export_stage(stage))
     return config, model
