@@ -14,6 +14,8 @@ from factorportrait.bundle import PRECISIONS
 from factorportrait.command import run_command
 from factorportrait.errors import UserError
 from factorportrait.runtime.cache import KINDS
+from factorportrait.runtime.embedding import KINDS as EMBEDDINGS
+from factorportrait.runtime.loop import HOISTS
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, demo_bundle_is_current, shipped_inputs
 
 
@@ -75,6 +77,15 @@ def parser() -> argparse.ArgumentParser:
         help="auto (default), tensorrt, onnxruntime-cuda, onnxruntime-cpu or torch; fp-run doctor tells which run here",
     )  # fmt: skip
     machine.add_argument("--cache", choices=KINDS, default="auto", help="how keys and values are kept (default auto)")
+    machine.add_argument(
+        "--embedding", choices=EMBEDDINGS, default="auto",
+        help="who embeds pose and camera: the C++ extension, or the bundle's graph (default auto, and the output says why)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--hoist", default="all", metavar="A,B",
+        help=f"what is computed once instead of in every pass: all (default), none, or some of {', '.join(HOISTS)}; "
+        "the same pictures",
+    )  # fmt: skip
     machine.add_argument("--checkpoint", type=Path, help="the bundle's checkpoint, for --engine torch (default: the demo's)")
     machine.add_argument("--device", help="of --engine torch, such as cpu or cuda:0 (default: the GPU if there is one)")
     machine.add_argument("--threads", type=int, help="of one operator (default: every core)")
@@ -112,8 +123,9 @@ def run(arguments: argparse.Namespace) -> int:
     bundle = Bundle(bundle_path)
     config = bundle.config
     options = SessionOptions(
-        arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window, arguments.cache
-    )
+        arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window, arguments.cache,
+        arguments.embedding, arguments.hoist,
+    )  # fmt: skip
     options.resolve(config)
     portrait = load_portrait(
         arguments.portrait or shipped_inputs() / "portrait.png", config.height, config.width, arguments.fit
@@ -136,7 +148,10 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint=arguments.checkpoint, device=arguments.device, notice=lambda line: print(f"fp-run: {line}", file=sys.stderr),
     )  # fmt: skip
     session = opened.session(options)
-    print(f"fp-run: engine {opened.engine.name} ({opened.engine_reason}), cache {session.cache} ({session.cache_reason})")
+    print(
+        f"fp-run: engine {opened.engine.name} ({opened.engine_reason}), cache {session.cache} ({session.cache_reason}), "
+        f"embedding {session.embedding} ({session.embedding_reason})"
+    )
     if driving.num_frames is not None:
         session.check_length(driving.num_frames)
     session.set_reference(portrait)
@@ -244,6 +259,8 @@ def figures(session, opened, writer, driving, wall_s: float) -> dict:
         "kv_cache": session.cache,
         "kv_cache_reason": session.cache_reason,
         "kv_cache_bytes": session.cache_bytes,
+        "embedding": session.embedding,
+        "embedding_reason": session.embedding_reason,
         "peak_memory_bytes": peak_memory_bytes(),
         "engine": opened.engine.name,
         "engine_reason": opened.engine_reason,

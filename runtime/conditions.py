@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from factorportrait.engines.base import Buffer, Call, Engine, HostStage, Mirrored, allocate, slots
+from factorportrait.engines.base import Buffer, Engine, HostStage, Mirrored, allocate
+from factorportrait.engines.base import slots as _slots_of
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
-from factorportrait.runtime.loop import ChunkConditions
+from factorportrait.runtime.embedding import FusedEmbedding
+from factorportrait.runtime.loop import HOISTS, ChunkConditions
 from factorportrait.runtime.media.camera import ray_maps
 from factorportrait.runtime.media.fit import resize
 from factorportrait.runtime.schedule import Guidance
@@ -41,25 +43,31 @@ class Group:
     """Conditions of one latent frame."""
 
     codes: np.ndarray  # [1, 4, E], a clip's first code four times
-    rays: np.ndarray  # [C, h, w]
+    K: np.ndarray  # [4, 3, 3], a clip's first camera four times
+    c2w: np.ndarray  # [4, 4, 4]
     pose_latents: np.ndarray  # [16, h, w]
 
 
 class GroupEncoder:
-    """Encodes driving frames one by one and gives a `Group` whenever a latent frame has all of its frames."""
+    """Encodes driving frames one by one and gives a `Group` whenever a latent frame has all of its frames.
 
-    def __init__(self, config: ModelConfig, engine: Engine, timings: Timings):
-        self.config, self.timings = config, timings
+    Args:
+        reuse: a picture like the one before keeps its code, as where the driving was filmed at a lower rate or stands still.
+    """
+
+    def __init__(self, config: ModelConfig, engine: Engine, timings: Timings, *, reuse: bool = True):
+        self.config, self.timings, self._reuse = config, timings, reuse
         self._pose = StreamingVAE(engine, "encode")
         self._expression, self._arkit = HostStage(engine, "expression_encoder", B=1), HostStage(engine, "arkit_encoder", B=1)
         self._codes: list[np.ndarray] = []
-        self._rays: list[np.ndarray] = []
+        self._cameras: list[tuple[np.ndarray, np.ndarray]] = []
+        self._seen: tuple[np.ndarray, np.ndarray] | None = None  # the latest picture, and its code
         self._first = True
 
     def reset(self) -> None:
         self._pose.reset()
         self._codes.clear()
-        self._rays.clear()
+        self._cameras.clear()
         self._first = True
 
     def encode_reference(self, portrait: np.ndarray) -> np.ndarray:
@@ -87,7 +95,7 @@ class GroupEncoder:
             )
         to_unit(frame.normals, self._pose.input[0, :, len(self._codes)])
         self._codes.append(self.encode_expression(frame))
-        self._rays.append(self._ray_map(frame))
+        self._cameras.append((np.array(frame.K, np.float64), np.array(frame.c2w, np.float64)))
         return self._complete() if len(self._codes) == size else None
 
     def encode_expression(self, frame: DrivingFrame) -> np.ndarray:
@@ -100,37 +108,123 @@ class GroupEncoder:
                     "driving frame", expected="an image or 52 coefficients", found="neither", action="give one of them"
                 )
             image = self._expression.inputs["image"][0]
-            to_unit(resize(frame.image, image.shape[-1]), image)
-            return self._expression()["code"].copy()
-
-    def _ray_map(self, frame: DrivingFrame) -> np.ndarray:
-        with self.timings("rays"):
-            config = self.config
-            return ray_maps(frame.K[None], frame.c2w[None], config.height, config.width, config.vae.spatial_stride)[0]
+            picture = resize(frame.image, image.shape[-1])
+            if self._reuse and self._seen is not None and np.array_equal(picture, self._seen[0]):
+                return self._seen[1]
+            to_unit(picture, image)
+            code = self._expression()["code"].copy()
+            self._seen = picture.copy(), code  # a source may reuse its memory
+            return code
 
     def _complete(self) -> Group:
         with self.timings("pose"):
             pose_latents = self._pose()[0, :, 0].copy()
         repeat = FRAMES_PER_LATENT if self._first else 1
-        rays = self._rays * repeat if self.config.fusion.rays == "packed" else self._rays[-1:]
-        group = Group(np.stack(self._codes * repeat, axis=1), np.concatenate(rays), pose_latents)
+        K, c2w = (np.stack(side * repeat) for side in (list(each) for each in zip(*self._cameras, strict=True)))
+        group = Group(np.stack(self._codes * repeat, axis=1), K, c2w, pose_latents)
         self._codes.clear()
-        self._rays.clear()
+        self._cameras.clear()
         self._first = False
         return group
+
+
+def group_rays(config: ModelConfig, groups: Sequence[Group]) -> np.ndarray:
+    """Ray maps of N latent frames, float32 [C, N, h, w]: their four frames on channels, or the last one's."""
+    used = slice(None) if config.fusion.rays == "packed" else slice(-1, None)
+    K, c2w = (np.concatenate([getattr(group, name)[used] for group in groups]) for name in ("K", "c2w"))
+    rays = ray_maps(K, c2w, config.height, config.width, config.vae.spatial_stride)
+    return rays.reshape(len(groups), -1, *rays.shape[2:]).swapaxes(0, 1)
 
 
 # What an input of `condition_embed` is called in `schedule.FACTORS`.
 _FACTOR_OF = {"reference_latents": "reference", "pose_latents": "pose", "rays": "camera"}
 
 
-@dataclass(frozen=True)
-class _Embedding:
-    """`condition_embed` bound for a number of latent frames: what is fed, and one call per condition set."""
+class GraphEmbedder:
+    """Condition tokens of F slots by the graph `condition_embed`, bound once.
 
-    fed: dict[str, Mirrored]
-    calls: list[Call]
-    modulation: list[Mirrored | None]  # per set; None where the expression is dropped, and the buffer stays zero
+    Args:
+        dropped: per condition set the factors that are taken away.
+        tokens: per set the buffer [1, F, T, D] that is written.
+        is_reference: the slot of the reference, fed with its latents; else latent frames, fed with pose and rays.
+    """
+
+    def __init__(
+        self, config: ModelConfig, engine: Engine, dropped: Sequence[frozenset[str]], tokens: Sequence[Buffer], is_reference: bool
+    ):
+        self._config = config
+        runner = engine.load("condition_embed")
+        sizes = {"F": tokens[0].shape[1]}
+        zeros, fed = (allocate(engine, runner.spec.inputs, sizes) for _ in range(2))
+        given = ["reference_latents"] if is_reference else ["pose_latents", "rays"]
+        self._fed = {name: Mirrored(engine, fed[name]) for name in given}
+        self._calls = []
+        for drops, target in zip(dropped, tokens, strict=True):
+            used = {name: fed if name in given and _FACTOR_OF[name] not in drops else zeros for name in fed}
+            inputs = {name: source[name] for name, source in used.items()}
+            self._calls.append(runner.bind(inputs, {"condition_tokens": target}))
+
+    def reference(self, latents: np.ndarray) -> None:
+        """Embed reference latents [1,16,1,h,w]."""
+        self._fed["reference_latents"].array[...] = latents
+        self._run()
+
+    def frames(self, groups: Sequence[Group]) -> None:
+        """Embed latent frames."""
+        for i, group in enumerate(groups):
+            self._fed["pose_latents"].array[0, :, i] = group.pose_latents
+        self._fed["rays"].array[0] = group_rays(self._config, groups)
+        self._run()
+
+    def _run(self) -> None:
+        for fed in self._fed.values():
+            fed.send()
+        for call in self._calls:
+            call()
+
+
+class FusedEmbedder:
+    """The same by `FusedEmbedding`, on the host: no ray maps, no graph, straight into the buffers where the engine lets it."""
+
+    def __init__(
+        self, fused: FusedEmbedding, engine: Engine, dropped: Sequence[frozenset[str]], tokens: Sequence[Buffer]
+    ):
+        self._fused, self._dropped = fused, dropped
+        self._targets = [Mirrored(engine, target) for target in tokens]
+        self._rows = [target.array.reshape(-1, target.array.shape[-1]) for target in self._targets]
+
+    def reference(self, latents: np.ndarray) -> None:
+        """See `GraphEmbedder.reference`."""
+        for drops, out in zip(self._dropped, self._rows, strict=True):
+            self._fused.embed_reference(None if "reference" in drops else latents[0, :, 0], out=out)
+        self._send()
+
+    def frames(self, groups: Sequence[Group]) -> None:
+        """See `GraphEmbedder.frames`."""
+        K, c2w = (np.concatenate([getattr(group, name) for group in groups]) for name in ("K", "c2w"))
+        pose = np.stack([group.pose_latents for group in groups], axis=1)
+        for drops, out in zip(self._dropped, self._rows, strict=True):
+            cameras = (None, None) if "camera" in drops else (K, c2w)
+            self._fused.embed_chunk(*cameras, None if "pose" in drops else pose, num_slots=len(groups), out=out)
+        self._send()
+
+    def _send(self) -> None:
+        for target in self._targets:
+            target.send()
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """What embeds a number of latent frames, and per set where their modulation goes: None where the expression is dropped."""
+
+    embedder: GraphEmbedder | FusedEmbedder
+    modulation: list[Mirrored | None]
+
+    def modulate(self, modulation: np.ndarray) -> None:
+        for kept in self.modulation:
+            if kept is not None:
+                kept.array[...] = modulation
+                kept.send()
 
 
 class ConditionBuilder:
@@ -139,6 +233,8 @@ class ConditionBuilder:
     Args:
         buffers: number of slots -> tokens and modulation per set that the transformer reads (`Denoiser.condition_buffers`).
         clip: slot 0 of a chunk is the reference.
+        fused: what embeds in place of the graph `condition_embed`; None for the graph. See `choose_embedding`.
+        hoist: what is computed once per chunk instead of in every pass, of "conditions" and "modulation".
     """
 
     def __init__(
@@ -151,12 +247,13 @@ class ConditionBuilder:
         buffers: Callable[[int], tuple[list[Buffer], list[Buffer]]],
         *,
         clip: bool = False,
+        fused: FusedEmbedding | None = None,
+        hoist: Collection[str] = HOISTS,
     ):
         self.config, self.engine, self.guidance, self.timings = config, engine, guidance, timings
-        self._buffers, self._clip = buffers, clip
-        self._embed = engine.load("condition_embed")
+        self._buffers, self._clip, self._fused, self._hoist = buffers, clip, fused, hoist
         self._controllers: dict[int, HostStage] = {}
-        self._embeddings: dict[tuple[int, bool], _Embedding] = {}
+        self._bound: dict[tuple[int, bool], _Slots] = {}
         self._neutral = self._neutral_modulation(np.ascontiguousarray(neutral_code, np.float32)[None])
         self._state: dict[str, np.ndarray] | None = None
 
@@ -165,62 +262,53 @@ class ConditionBuilder:
 
     def reference(self, latents: np.ndarray) -> tuple[list[Buffer], list[Buffer]]:
         """Reference latents [1,16,1,h,w] -> per set condition tokens [1,1,T,D] and modulation [1,1,6,D] of slot 0."""
-        tokens, modulation = self._buffers(1)
-        embedding = self._embedding(1, is_reference=True)
-        embedding.fed["reference_latents"].array[...] = latents
-        self._run(embedding, self._neutral)
-        return tokens, modulation
+        slots = self._slots(1, is_reference=True)
+        slots.embedder.reference(latents)
+        slots.modulate(self._neutral)
+        return self._buffers(1)
 
     def chunk(self, groups: list[Group], first_frame: int) -> ChunkConditions:
         """Conditions of consecutive latent frames; call once per chunk, in order. The next chunk of this size overwrites them."""
         with self.timings("conditions"):
-            modulation = self._modulate(np.concatenate([group.codes for group in groups], axis=1))
-            embedding = self._embedding(len(groups), is_reference=False)
-            for i, group in enumerate(groups):
-                embedding.fed["pose_latents"].array[0, :, i] = group.pose_latents
-                embedding.fed["rays"].array[0, :, i] = group.rays
-            self._run(embedding, modulation)
-            chunk = ChunkConditions(first_frame, *self._buffers(len(groups) + self._clip))
+            slots, codes = self._slots(len(groups), is_reference=False), np.concatenate([group.codes for group in groups], axis=1)
+            before = self._initial_state(codes[:, 0]) if self._state is None else self._state
+            modulation, self._state = self._control(codes, before)
+            slots.modulate(modulation)
+            slots.embedder.frames(groups)
+            buffers = self._buffers(len(groups) + self._clip)
             if self._clip:
-                for one, every in zip(self._buffers(1), (chunk.tokens, chunk.modulation), strict=True):
+                for one, every in zip(self._buffers(1), buffers, strict=True):
                     for reference, whole in zip(one, every, strict=True):
-                        self.engine.copy(reference, slots(self.engine, whole, 0, 1))
-        return chunk
+                        self.engine.copy(reference, _slots_of(self.engine, whole, 0, 1))
+        again = []
+        if "conditions" not in self._hoist:
+            again.append(lambda: slots.embedder.frames(groups))
+        if "modulation" not in self._hoist:
+            again.append(lambda: slots.modulate(self._control(codes, before)[0]))
+        return ChunkConditions(first_frame, *buffers, tuple(again))
 
-    def _run(self, embedding: _Embedding, modulation: np.ndarray) -> None:
-        for fed in embedding.fed.values():
-            fed.send()
-        for call in embedding.calls:
-            call()
-        for kept in embedding.modulation:
-            if kept is not None:
-                kept.array[...] = modulation
-                kept.send()
-
-    def _embedding(self, num_frames: int, *, is_reference: bool) -> _Embedding:
+    def _slots(self, num_frames: int, *, is_reference: bool) -> _Slots:
         key = num_frames, is_reference
-        if key not in self._embeddings:
-            self._embeddings[key] = self._bind(num_frames, is_reference)
-        return self._embeddings[key]
+        if key not in self._bound:
+            self._bound[key] = self._bind(num_frames, is_reference)
+        return self._bound[key]
 
-    def _bind(self, num_frames: int, is_reference: bool) -> _Embedding:
+    def _bind(self, num_frames: int, is_reference: bool) -> _Slots:
         first = 1 if self._clip and not is_reference else 0
         tokens, modulation = (
-            [slots(self.engine, buffer, first, first + num_frames) for buffer in side]
+            [_slots_of(self.engine, buffer, first, first + num_frames) for buffer in side]
             for side in self._buffers(first + num_frames)
         )
-        zeros, fed = (allocate(self.engine, self._embed.spec.inputs, {"F": num_frames}) for _ in range(2))
-        given = {"reference_latents"} if is_reference else {"pose_latents", "rays"}
-        calls = []
-        for dropped, target in zip(self.guidance.dropped, tokens, strict=True):
-            used = {name: fed if name in given and _FACTOR_OF[name] not in dropped else zeros for name in fed}
-            inputs = {name: source[name] for name, source in used.items()}
-            calls.append(self._embed.bind(inputs, {"condition_tokens": target}))
+        dropped = self.guidance.dropped
+        if self._fused is None:
+            embedder = GraphEmbedder(self.config, self.engine, dropped, tokens, is_reference)
+        else:
+            embedder = FusedEmbedder(self._fused, self.engine, dropped, tokens)
         kept = [
-            None if "expression" in dropped else Mirrored(self.engine, target)
-            for dropped, target in zip(self.guidance.dropped, modulation, strict=True)
+            None if "expression" in drops else Mirrored(self.engine, target)
+            for drops, target in zip(dropped, modulation, strict=True)
         ]
-        return _Embedding({name: Mirrored(self.engine, fed[name]) for name in sorted(given)}, calls, kept)
+        return _Slots(embedder, kept)
 
     def _control(self, codes: np.ndarray, state: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """codes [1, 4N, E] -> modulation [1, N, 6, D], which the next call overwrites, and a state of its own."""
@@ -240,12 +328,6 @@ class ConditionBuilder:
             if tensor.name.startswith("state_in.")
         }
         return self._control(np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1), zeros)[1]
-
-    def _modulate(self, codes: np.ndarray) -> np.ndarray:
-        if self._state is None:
-            self._state = self._initial_state(codes[:, 0])
-        modulation, self._state = self._control(codes, self._state)
-        return modulation
 
     def _neutral_modulation(self, code: np.ndarray) -> np.ndarray:
         group = np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1)

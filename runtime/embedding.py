@@ -18,6 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from factorportrait.bundle import EMBED_BIAS, EMBED_WEIGHT
+from factorportrait.engines.base import Engine
+from factorportrait.errors import UserError
+from factorportrait.model_config import ModelConfig
+
 try:
     from factorportrait import _embed
 except ImportError as error:
@@ -27,6 +32,7 @@ else:
     _missing = ""
 
 ENVIRONMENT = "FACTORPORTRAIT_EMBED"
+KINDS = ("auto", "fused", "graph")
 CHANNEL_NAMES = ("reference", "noise", "camera", "pose")
 RAY_CHANNELS = 6
 FRAMES_PER_GROUP = 4
@@ -76,6 +82,51 @@ def describe_implementation() -> str:
     if name != "numpy":
         return f"C++ extension, {name}"
     return f"NumPy; the C++ extension is not installed ({_missing})" if _missing else "NumPy, as asked for"
+
+
+def choose_embedding(
+    kind: str, *, config: ModelConfig, arrays: Mapping[str, np.ndarray], engine: Engine
+) -> tuple[FusedEmbedding | None, str]:
+    """What embeds a bundle's conditions, None for its graph `condition_embed`, and why.
+
+    Args:
+        kind: of `KINDS`; "auto" takes the extension where it is built and the engine works in the host's memory.
+        arrays: the bundle's constants.
+        engine: whose buffers take the tokens; a call has as many threads as its operators.
+
+    Raises:
+        UserError: not of `KINDS`, or "fused" for a bundle without the weights.
+    """
+    if kind not in KINDS:
+        raise UserError("--embedding", expected=" or ".join(KINDS), found=kind, action="leave it out to have it chosen")
+    if kind == "graph":
+        return None, "asked for"
+    if missing := [name for name in (EMBED_WEIGHT, EMBED_BIAS) if name not in arrays]:
+        reason = f"the bundle's constants have no {missing[0]}: it was made by an older version"
+        if kind == "fused":
+            raise UserError("--embedding fused", expected="a bundle with weights for it", found=reason, action="export it again")
+        return None, reason
+    unknown = [name for name in config.fusion.streams if name not in CHANNEL_NAMES]
+    if unknown:
+        if kind == "fused":
+            raise UserError(
+                "--embedding fused", expected=f"streams {', '.join(CHANNEL_NAMES)}", found=", ".join(unknown),
+                action="use --embedding graph",
+            )  # fmt: skip
+        return None, f"it knows no stream {unknown[0]}"
+    if kind == "auto" and engine.device != "cpu":
+        return None, f"the extension computes on the host, the engine on {engine.device}"
+    if kind == "auto" and engine.name == "torch":
+        return None, "the engine torch, which others are measured against, runs its own modules"
+    if kind == "auto" and implementation() == "numpy":
+        return None, describe_implementation()
+    fused = FusedEmbedding(
+        arrays[EMBED_WEIGHT], arrays[EMBED_BIAS],
+        channels={name: config.fusion.channels(name) for name in config.fusion.streams},
+        latent_height=config.latent_height, latent_width=config.latent_width, stride=config.vae.spatial_stride,
+        num_threads=getattr(engine, "threads", None) or 0,
+    )  # fmt: skip
+    return fused, describe_implementation()
 
 
 class FusedEmbedding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,10 @@ from factorportrait.engines.base import Buffer, Call, Engine, Mirrored, allocate
 from factorportrait.runtime.cache import ConcatCache, InPlaceCache, frame_positions
 from factorportrait.runtime.schedule import Guidance, NoiseSource, Schedule
 from factorportrait.runtime.timing import Timings
+
+# What is computed once instead of in every pass of a chunk: condition tokens and expression modulation once per chunk, time
+# embeddings once per schedule, the reference's keys and values once per portrait, the code of a picture once while it stays.
+HOISTS = ("conditions", "modulation", "time", "reference", "features")
 
 
 @dataclass
@@ -20,11 +25,13 @@ class ChunkConditions:
         first_frame: index of the first latent frame, 0-based, the reference not counted; None for the reference.
         tokens: per set [1, F, T, D] from `condition_embed`.
         modulation: per set [1, F, 6, D] from `expression_controller`.
+        again: what computes them anew, where that is not hoisted out of the loop; run before every pass.
     """
 
     first_frame: int | None
     tokens: list[Buffer]
     modulation: list[Buffer]
+    again: tuple[Callable[[], None], ...] = ()
 
 
 class _Slots:
@@ -43,18 +50,19 @@ class _Slots:
         self.frames, self.frames_velocity = self.x.array[:, :, first:], self.velocity.array[:, :, first:]
         self.scratch = np.zeros(self.frames.shape, np.float32)
         self.history = [np.zeros(self.frames.shape, np.float32) for _ in range(denoiser.schedule.outputs.shape[1])]
-        self.time = [self._embed_time(denoiser, t, num_slots, first) for t in (*denoiser.schedule.timesteps, 0.0)]
+        self.embed_time = [self._bind_time(denoiser, t, num_slots, first) for t in (*denoiser.schedule.timesteps, 0.0)]
+        for call, _ in self.embed_time:
+            call()
         self.calls: dict[tuple[int, int, int], Call] = {}
 
     @staticmethod
-    def _embed_time(denoiser: Denoiser, timestep: float, num_slots: int, first: int) -> dict[str, Buffer]:
+    def _bind_time(denoiser: Denoiser, timestep: float, num_slots: int, first: int) -> tuple[Call, dict[str, Buffer]]:
         engine, runner = denoiser.engine, denoiser.time_embed
         inputs, outputs = (allocate(engine, side, {"F": num_slots}) for side in (runner.spec.inputs, runner.spec.outputs))
         timesteps = Mirrored(engine, inputs["timesteps"])
         timesteps.array[:, first:] = timestep
         timesteps.send()
-        runner.bind(inputs, outputs)()
-        return outputs
+        return runner.bind(inputs, outputs), outputs
 
 
 class Denoiser:
@@ -65,6 +73,7 @@ class Denoiser:
 
     Args:
         in_place: update the cache in the graph (`dit_inplace`); else `dit` is given the past. See `choose_cache`.
+        hoist: of `HOISTS`, what leaves the loop; the results are the same.
     """
 
     def __init__(
@@ -79,9 +88,10 @@ class Denoiser:
         window_frames: int,
         timings: Timings,
         in_place: bool = False,
+        hoist: Collection[str] = HOISTS,
     ):
         self.engine, self.schedule, self.guidance, self.noise = engine, schedule, guidance, noise
-        self.mode, self.window_frames, self.timings = mode, window_frames, timings
+        self.mode, self.window_frames, self.timings, self._hoist = mode, window_frames, timings, hoist
         self.dit, self.time_embed = engine.load("dit_inplace" if in_place else "dit"), engine.load("time_embed")
         if in_place:
             self.cache = InPlaceCache(engine, self.dit, guidance.num_sets, window_frames)
@@ -110,14 +120,19 @@ class Denoiser:
         """Clean latents [1, C, N, h, w] of the chunk's frames; the array is reused by the next chunk of this size."""
         _, num_slots, *_ = chunk.tokens[0].shape
         slots = self._slots_of(num_slots)
+        if "reference" not in self._hoist and self.mode == "stream":
+            with self.timings("reference"):
+                self.set_reference(*self.condition_buffers(1))
         self.noise.draw(chunk.first_frame, slots.frames.shape[2], 0, slots.frames)
         used = self._place(slots, chunk)
         for step in range(self.schedule.num_steps):
             with self.timings("step"):
+                self._repeat(slots, chunk, step)
                 self._predict(slots, step, used)
                 self._step(slots, step, chunk.first_frame)
         if self.mode == "stream":
             with self.timings("commit"):
+                self._repeat(slots, chunk, self.schedule.num_steps)
                 self._commit(slots, chunk, used)
         return slots.frames
 
@@ -125,6 +140,14 @@ class Denoiser:
         if num_slots not in self._slots:
             self._slots[num_slots] = _Slots(self, num_slots)
         return self._slots[num_slots]
+
+    def _repeat(self, slots: _Slots, chunk: ChunkConditions, step: int) -> None:
+        """Compute before a pass what is not hoisted out of the loop."""
+        for compute in chunk.again:
+            compute()
+        if "time" not in self._hoist:
+            call, _ = slots.embed_time[step]
+            call()
 
     def _place(self, slots: _Slots, chunk: ChunkConditions) -> int:
         """Conditions and positions of a chunk go to the device; gives the number of slots of the cache that it uses."""
@@ -178,6 +201,7 @@ class Denoiser:
         if key not in slots.calls:
             inputs, outputs = self.cache.tensors(index, len(slots.positions.array), used)
             own = {"noise_latents": slots.x.buffer, "positions": slots.positions.buffer}
-            inputs = {**own, **slots.conditions[index], **slots.time[step], **inputs}
+            _, time = slots.embed_time[step]
+            inputs = {**own, **slots.conditions[index], **time, **inputs}
             slots.calls[key] = self.dit.bind(inputs, {"velocity": slots.velocity.buffer, **outputs})
         slots.calls[key]()

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from factorportrait.bundle import Bundle
+from factorportrait.bundle import NEUTRAL_CODE, Bundle
 from factorportrait.engines.base import Engine
 from factorportrait.engines.choose import open_engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.cache import choose_cache
 from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
-from factorportrait.runtime.loop import Denoiser
+from factorportrait.runtime.embedding import choose_embedding
+from factorportrait.runtime.loop import HOISTS, Denoiser
 from factorportrait.runtime.schedule import NoiseSource, flow_schedule, parse_guidance
 from factorportrait.runtime.timing import Timings
 from factorportrait.runtime.vae import StreamingVAE, to_pictures
@@ -46,6 +47,9 @@ class SessionOptions:
         seed: of the noise.
         chunk_frames, window_frames: latent frames generated together, and seen (stream mode).
         cache: "auto", "inplace" or "concat", see `factorportrait.runtime.cache.choose_cache` (stream mode).
+        embedding: "auto", "fused" or "graph", see `factorportrait.runtime.embedding.choose_embedding`.
+        hoist: "all", "none", or some of `factorportrait.runtime.loop.HOISTS` with commas between them: what leaves the loop. The
+            pictures are the same; less is slower, and shows what each brings.
     """
 
     mode: str | None = None
@@ -55,6 +59,8 @@ class SessionOptions:
     chunk_frames: int | None = None
     window_frames: int | None = None
     cache: str = "auto"
+    embedding: str = "auto"
+    hoist: str = "all"
 
     def resolve(self, config: ModelConfig) -> SessionOptions:
         """Fill in the checkpoint's values.
@@ -81,7 +87,21 @@ class SessionOptions:
                 action="choose other values, or leave them out",
             )
         steps = generation.denoising_steps if self.steps is None else self.steps
+        parse_hoist(self.hoist)
         return replace(self, mode=mode, steps=steps, chunk_frames=chunk, window_frames=window)
+
+
+def parse_hoist(text: str) -> tuple[str, ...]:
+    """`SessionOptions.hoist` as names.
+
+    Raises:
+        UserError: another word.
+    """
+    names = {"all": HOISTS, "none": ()}.get(text, tuple(part.strip() for part in text.split(",")))
+    if set(names) - set(HOISTS):
+        expected = f"all, none, or some of {', '.join(HOISTS)}"
+        raise UserError("--hoist", expected=expected, found=text, action="leave it out: all is fastest")
+    return names
 
 
 def open_bundle(
@@ -167,7 +187,7 @@ class Session:
         generation = self.config.generation
         schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
         noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))
-        neutral_code = opened.bundle.constants()["neutral_code"]
+        constants, hoist = opened.bundle.constants(), parse_hoist(options.hoist)
         clip, in_place, self.cache_reason = options.mode == "clip", False, "clip mode keeps nothing"
         if not clip:
             in_place, self.cache_reason = choose_cache(
@@ -177,11 +197,15 @@ class Session:
         self._denoiser = Denoiser(
             engine, schedule, guidance, noise, mode=options.mode, chunk_frames=options.chunk_frames,
             window_frames=options.window_frames, timings=self.timings, in_place=in_place,
+            hoist=hoist,
         )  # fmt: skip
-        self._encoder = GroupEncoder(self.config, engine, self.timings)
+        self._encoder = GroupEncoder(self.config, engine, self.timings, reuse="features" in hoist)
+        fused, self.embedding_reason = choose_embedding(options.embedding, config=self.config, arrays=constants, engine=engine)
+        self.embedding = "graph" if fused is None else "fused"
         self._builder = ConditionBuilder(
-            self.config, engine, guidance, neutral_code, self.timings, self._denoiser.condition_buffers, clip=clip
-        )
+            self.config, engine, guidance, constants[NEUTRAL_CODE], self.timings, self._denoiser.condition_buffers, clip=clip,
+            fused=fused, hoist=hoist,
+        )  # fmt: skip
         self._decoder = StreamingVAE(engine, "decode")
         self._restart()
 

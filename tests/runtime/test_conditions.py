@@ -12,9 +12,11 @@ from runtime_oracle import relative_error
 from factorportrait.export.checkpoint import load_checkpoint
 from factorportrait.export.models.expression import ExpressionController
 from factorportrait.export.models.factorportrait import ClipConditions, stream_mask
-from factorportrait.runtime.conditions import ConditionBuilder, Group
+from factorportrait.runtime.conditions import ConditionBuilder, Group, group_rays
+from factorportrait.runtime.embedding import choose_embedding, implementations
+from factorportrait.runtime.inputs import default_camera
 from factorportrait.runtime.loop import ChunkConditions, Denoiser
-from factorportrait.runtime.schedule import NoiseSource, constant_guidance, flow_schedule
+from factorportrait.runtime.schedule import NoiseSource, constant_guidance, flow_schedule, parse_guidance
 from factorportrait.runtime.session import open_bundle
 from factorportrait.runtime.timing import Timings
 
@@ -29,18 +31,22 @@ def model(tiny_checkpoint):
     return load_checkpoint(tiny_checkpoint).eval()
 
 
-def make_denoiser(opened, window=5, chunk=2):
+def make_denoiser(opened, window=5, chunk=2, guidance=None, mode="stream"):
     config = opened.config
     noise = NoiseSource(7, (16, config.latent_height, config.latent_width))
     return Denoiser(
-        opened.engine, flow_schedule(1, 1.0), constant_guidance({}, 1), noise,
-        mode="stream", chunk_frames=chunk, window_frames=window, timings=Timings(),
+        opened.engine, flow_schedule(1, 1.0), guidance or constant_guidance({}, 1), noise,
+        mode=mode, chunk_frames=chunk, window_frames=window, timings=Timings(),
     )  # fmt: skip
 
 
-def make_builder(opened):
-    neutral, buffers = opened.bundle.constants()["neutral_code"], make_denoiser(opened).condition_buffers
-    return ConditionBuilder(opened.config, opened.engine, constant_guidance({}, 1), neutral, Timings(), buffers)
+def make_builder(opened, embedding="graph", guidance="1", mode="stream"):
+    constants, guidance = opened.bundle.constants(), parse_guidance(guidance, 1)
+    fused, _ = choose_embedding(embedding, config=opened.config, arrays=constants, engine=opened.engine)
+    return ConditionBuilder(
+        opened.config, opened.engine, guidance, constants["neutral_code"], Timings(),
+        make_denoiser(opened, guidance=guidance, mode=mode).condition_buffers, clip=mode == "clip", fused=fused,
+    )  # fmt: skip
 
 
 def random_groups(config, count, seed=0):
@@ -50,10 +56,13 @@ def random_groups(config, count, seed=0):
         return rng.standard_normal(shape).astype(np.float32)
 
     h, w = config.latent_height, config.latent_width
-    return [
-        Group(normal(1, 4, config.expression.code_dim), normal(config.fusion.ray_channels, h, w), normal(16, h, w))
-        for _ in range(count)
-    ]
+    K, c2w = default_camera(config)
+    groups = []
+    for _ in range(count):
+        cameras = np.repeat(c2w[None], 4, axis=0)
+        cameras[:, :3, 3] += 0.1 * normal(4, 3)
+        groups.append(Group(normal(1, 4, config.expression.code_dim), np.repeat(K[None], 4, axis=0), cameras, normal(16, h, w)))
+    return groups
 
 
 @pytest.mark.parametrize("sizes", [[1] * 7, [2, 2, 3], [3, 3, 1], [1, 5, 1]])
@@ -70,10 +79,32 @@ def test_chunked_conditions_equal_the_whole_clip(opened, model, sizes):
         codes = torch.from_numpy(np.concatenate([group.codes for group in groups], axis=1))
         expected = model.clip_modulation(codes)[:, 1:]
         pose = torch.from_numpy(np.stack([group.pose_latents for group in groups], axis=1)[None])
-        rays = torch.from_numpy(np.stack([group.rays for group in groups], axis=1)[None])
+        rays = torch.from_numpy(group_rays(opened.config, groups).copy()[None])
         expected_tokens = model.dit.embed_conditions(torch.zeros_like(pose), rays, pose)
     assert relative_error(modulation, expected) <= 1e-4
     assert relative_error(tokens, expected_tokens) <= 1e-4
+
+
+@pytest.mark.parametrize("mode", ["stream", "clip"])
+@pytest.mark.parametrize("guidance", ["1", "all=2", "pose=2,camera=0.5", "reference=1.5,expression=2"])
+def test_fused_embedding_equals_the_graph(opened, mode, guidance, monkeypatch):
+    """Reference and chunks, every factor dropped in turn; on every instruction set of this machine and on NumPy."""
+    guidance, groups = guidance.removeprefix("all="), random_groups(opened.config, 5)
+    latents = np.random.default_rng(1).standard_normal((1, 16, 1, 4, 4)).astype(np.float32)
+    tokens = {}
+    for name in ("graph", *implementations()):
+        monkeypatch.setenv("FACTORPORTRAIT_EMBED", "auto" if name == "graph" else name)
+        builder = make_builder(opened, "graph" if name == "graph" else "fused", guidance, mode)
+        reference, _ = builder.reference(latents)
+        found = [np.concatenate([one.ravel() for one in reference])]
+        for first, size in ((0, 3), (3, 2)):
+            chunk = builder.chunk(groups[first : first + size], first)
+            found.append(np.concatenate([one.ravel() for one in chunk.tokens]))
+        tokens[name] = np.concatenate(found)
+    assert len(tokens) > 1
+    for name, found in tokens.items():
+        assert relative_error(found, tokens["graph"]) <= 1e-5, name
+    assert relative_error(tokens["graph"][::-1], tokens["graph"]) > 0.1  # a check of the check
 
 
 def test_state_matters(opened):
