@@ -87,6 +87,7 @@ def open_engine(
     spin: bool = True,
     checkpoint: str | Path | None = None,
     device: str | None = None,
+    plans: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> tuple[Engine, str]:
     """Open the engine that `choose` names -> the engine and the reason.
@@ -96,6 +97,7 @@ def open_engine(
         eager: plain calls instead of bound buffers or CUDA graphs.
         spin: on the CPU, see `factorportrait.engines.ort.session_options`.
         checkpoint, device: for torch, see `factorportrait.engines.pytorch.TorchEngine`.
+        plans: folder of TensorRT's plans; None for the user's cache.
         notice: is given lines for the user, such as that a plan is being built.
     """
     choice = choose(bundle, name)
@@ -110,7 +112,7 @@ def open_engine(
     if choice.name == "tensorrt":
         from factorportrait.engines.tensorrt.engine import TensorRTEngine
 
-        return TensorRTEngine(bundle, eager=eager, **({"notice": notice} if notice else {})), choice.reason
+        return TensorRTEngine(bundle, eager=eager, plans=plans, **({"notice": notice} if notice else {})), choice.reason
     from factorportrait.engines.pytorch import TorchEngine
 
     return TorchEngine(bundle, checkpoint, device=device, eager=eager, threads=threads), choice.reason

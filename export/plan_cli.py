@@ -80,7 +80,7 @@ def build_with_progress(bundle: Bundle, *, plans: Path | None = None, how=None, 
         how, stages, again: see `factorportrait.engines.tensorrt.build.build_plans`.
 
     Raises:
-        UserError: there is no GPU or no TensorRT here, the bundle is not for TensorRT, or a graph gives no plan.
+        UserError: there is no GPU or no TensorRT here, the bundle is damaged or not for TensorRT, or a graph gives no plan.
     """
     from factorportrait.engines.tensorrt.build import TARGET, build_plans
     from factorportrait.engines.tensorrt.build import Progress as Step
@@ -90,6 +90,7 @@ def build_with_progress(bundle: Bundle, *, plans: Path | None = None, how=None, 
     for stage in stages or bundle.manifest.target_stages(TARGET):
         bundle.stage(stage, TARGET)  # before the GPU is asked for: a bundle for others is the first thing to mend
     machine = probe("TensorRT plans")
+    bundle.verify()  # plans are kept by the digests that the manifest has of the graphs
     store = PlanStore(plans)
     console = Console(stderr=True)
     columns = (

@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     machine.add_argument("--checkpoint", type=Path, help="the bundle's checkpoint, for --engine torch (default: the demo's)")
     machine.add_argument("--device", help="of --engine torch, such as cpu or cuda:0 (default: the GPU if there is one)")
+    machine.add_argument("--plans", type=Path, metavar="DIR", help="folder of TensorRT plans (default: in the user's cache)")
     machine.add_argument("--threads", type=int, help="of one operator (default: every core)")
     machine.add_argument(
         "--no-spin", action="store_true", help="CPU threads sleep while they wait: faster where other programs want the cores"
@@ -145,7 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     opened = open_bundle(
         bundle_path, engine=arguments.engine, threads=arguments.threads, eager=arguments.eager,
         spin=not arguments.no_spin, verify=not arguments.no_verify,
-        checkpoint=arguments.checkpoint, device=arguments.device, notice=lambda line: print(f"fp-run: {line}", file=sys.stderr),
+        checkpoint=arguments.checkpoint, device=arguments.device, plans=arguments.plans,
+        notice=lambda line: print(f"fp-run: {line}", file=sys.stderr),
     )  # fmt: skip
     session = opened.session(options)
     print(

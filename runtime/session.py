@@ -114,6 +114,7 @@ def open_bundle(
     verify: bool = True,
     checkpoint: str | Path | None = None,
     device: str | None = None,
+    plans: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> OpenBundle:
     """Open a bundle and load its graphs.
@@ -126,6 +127,7 @@ def open_bundle(
         spin: threads of ONNX Runtime keep their cores while a stage runs; False is better where other programs want them.
         verify: read all files first and compare their digests.
         checkpoint, device: for the engine torch: the folder that the bundle was exported from, and where to run it.
+        plans: for TensorRT: the folder of its plans, if they are not in the user's cache.
         notice: is given lines for the user, such as that TensorRT builds a plan.
 
     Raises:
@@ -144,7 +146,7 @@ def open_bundle(
             action="export a checkpoint without dit.text_dim: this version runs no text",
         )
     loaded, reason = open_engine(
-        bundle, engine, threads=threads, eager=eager, spin=spin, checkpoint=checkpoint, device=device, notice=notice
+        bundle, engine, threads=threads, eager=eager, spin=spin, checkpoint=checkpoint, device=device, plans=plans, notice=notice
     )
     for name in STAGES:
         loaded.load(name)

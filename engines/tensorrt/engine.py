@@ -33,7 +33,7 @@ class TensorRTEngine:
         bundle: with graphs for TensorRT.
         eager: enqueue every call instead of replaying a CUDA graph.
         plans: folder of the plans; None for the user's cache.
-        options: how plans that are missing are built.
+        options: take only plans that are built so; None takes the latest that fits, and builds with the defaults.
         notice: is given lines for the user, such as why a plan is built again.
         on_progress: called while a plan is built.
 
@@ -55,14 +55,12 @@ class TensorRTEngine:
     ):
         self.bundle, self.eager = bundle, eager
         self._machine = probe("--engine tensorrt")
-        self._store, self._options = PlanStore(plans), options or Options()
+        self._store, self._options = PlanStore(plans), options
         self._notice, self._on_progress = notice, on_progress
         self.trt = import_tensorrt("--engine tensorrt")
         self.log = open_log(self.trt, _log.info)
         self.cuda = Device()
         self._runtime = self.trt.Runtime(self.log)
-        # Plans that carry the lean runtime hold code; those in the store were built here.
-        self._runtime.engine_host_code_allowed = self._options.version_compatible
         self._scratch = self.cuda.zeros((0,), "uint8")
         self._runners: dict[str, TensorRTRunner] = {}
 
@@ -73,8 +71,10 @@ class TensorRTEngine:
             UserError: the bundle is not for TensorRT, or its graph gives no plan that loads.
         """
         if name not in self._runners:
-            request = Request(self.bundle, self.bundle.stage(name, TARGET), self._machine, self._options)
-            plan, built = get_plan(self._store, request, on_progress=self._on_progress, notice=self._notice)
+            request = Request(self.bundle, self.bundle.stage(name, TARGET), self._machine, self._options or Options())
+            plan, built = self._store.find_any(request) if self._options is None else None, False
+            if plan is None:
+                plan, built = get_plan(self._store, request, on_progress=self._on_progress, notice=self._notice)
             loaded = self._deserialize(plan)
             if loaded is None and not built:
                 self._notice(f"plan of {name}: TensorRT does not load it ({self._last_error()})")
@@ -120,6 +120,8 @@ class TensorRTEngine:
 
     def _deserialize(self, plan: Plan) -> Any:
         self.log.errors.clear()
+        # Plans that carry the lean runtime hold code; those in the store were built here.
+        self._runtime.engine_host_code_allowed = plan.version_compatible
         # Mapped, because a plan may be gigabytes and is read once.
         with open(plan.file, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return self._runtime.deserialize_cuda_engine(content)

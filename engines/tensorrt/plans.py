@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from factorportrait.bundle import Bundle, StageSpec
@@ -29,6 +29,7 @@ from factorportrait.shipped import cache_folder
 
 PLAN, METADATA, LOCK = "plan.engine", "plan.json", "build.lock"
 KEY_DIGITS = 16
+ANY_MINOR = ".x"  # in the version of a plan that all versions of one major load
 _NAME = rf"\w+-[0-9a-f]{{{KEY_DIGITS}}}"
 _FOLDER = re.compile(_NAME)
 _LEFT_OVER = re.compile(rf"\.{_NAME}\..*\.(part|old)|{_NAME}\.log|\.timing-.*\.part\.cache")
@@ -100,6 +101,11 @@ class Plan:
         return self.folder / PLAN
 
     @property
+    def version_compatible(self) -> bool:
+        """Whether later versions of TensorRT load it, too."""
+        return self.parts.tensorrt.endswith(ANY_MINOR)
+
+    @property
     def age_s(self) -> float:
         return time.time() - self.built
 
@@ -122,7 +128,7 @@ class Request:
         manifest, machine, options = self.bundle.manifest, self.machine, self.options
         version = machine.tensorrt
         if options.version_compatible:
-            version = version.split(".")[0] + ".x"
+            version = version.split(".")[0] + ANY_MINOR
         flags = {"version_compatible": options.version_compatible, "optimization_level": options.optimization_level}
         if options.workspace_bytes is not None:
             flags["workspace_bytes"] = options.workspace_bytes
@@ -159,6 +165,13 @@ class PlanStore:
         """The plan for exactly this request, if there is a whole one."""
         plan = read_plan(self.path(request))
         return plan if plan is not None and plan.parts == request.parts else None
+
+    def find_any(self, request: Request) -> Plan | None:
+        """The latest plan for this request, whatever flags it was built with: those are the choice of who built it."""
+        wanted = [replace(request, options=Options(version_compatible=compatible)).parts for compatible in (False, True)]
+        plans = (plan for plan in self.plans() if plan.stage == request.spec.name)
+        fitting = [plan for plan in plans if any(replace(parts, flags=plan.parts.flags) == plan.parts for parts in wanted)]
+        return max(fitting, key=lambda plan: plan.built, default=None)
 
     def why_missing(self, request: Request) -> str:
         """Why a plan has to be built: none yet, or what differs from the latest plan of this stage of this bundle."""
@@ -281,9 +294,9 @@ def status_of(plan: Plan, machine: Machine | None) -> Status:
     except (UserError, OSError):
         return Status("stale", f"no bundle with this stage at {plan.bundle}")
     known = machine or Machine(plan.parts.tensorrt, plan.parts.gpu, plan.parts.sm, plan.parts.os)
-    wanted = Request(bundle, spec, known, Options(version_compatible=plan.parts.tensorrt.endswith(".x"))).parts
-    # The flags are the user's choice, so any will do.
-    reason = Parts(**{**asdict(wanted), "flags": plan.parts.flags}).differences(plan.parts)
+    wanted = Request(bundle, spec, known, Options(version_compatible=plan.version_compatible)).parts
+    # As for `find_any`: any flags will do.
+    reason = replace(wanted, flags=plan.parts.flags).differences(plan.parts)
     if reason:
         return Status("stale", reason)
     return Status("current") if machine else Status("unknown", "no GPU or no TensorRT here")

@@ -115,6 +115,24 @@ def test_a_version_compatible_plan_serves_later_versions_of_its_major(store, req
     assert store.find(replace(request_, machine=newer)) is None
 
 
+def test_a_run_takes_the_latest_plan_whatever_its_flags(store, request_):
+    """`fp-export build --optimization-level 5` is not in vain."""
+    assert store.find_any(request_) is None
+    store.get(request_, write_plan)
+    chosen = replace(request_, options=Options(optimization_level=5, workspace_bytes=10**9))
+    best, _ = store.get(chosen, write_plan)
+    assert store.find_any(request_) == best != store.find(request_)
+    compatible, _ = store.get(replace(request_, options=Options(version_compatible=True)), write_plan)
+    assert store.find_any(request_) == compatible and compatible.version_compatible and not best.version_compatible
+    newer = replace(request_, machine=replace(MACHINE, tensorrt="11.9.0"))
+    assert store.find_any(newer) == compatible
+    for other in (replace(MACHINE, sm="9.0"), replace(MACHINE, gpu="NVIDIA Test 2"), replace(MACHINE, tensorrt="12.0.1")):
+        assert store.find_any(replace(request_, machine=other)) is None
+    (request_.bundle.path / ENCODER.file).write_bytes(b"another graph")
+    changed = Request(Bundle(write_bundle(request_.bundle.path, (ENCODER, DECODER))), ENCODER, MACHINE)
+    assert store.find_any(changed) is None
+
+
 @pytest.mark.parametrize("damage", ["plan truncated", "metadata truncated", "metadata of another plan", "plan missing"])
 def test_a_damaged_plan_is_built_again(store, request_, damage):
     plan, _ = store.get(request_, write_plan)
@@ -268,6 +286,15 @@ def test_no_gpu(bundle, tmp_path, monkeypatch, capsys):
     message = capsys.readouterr().err
     assert message.startswith("fp-export: error: TensorRT plans; expected an NVIDIA GPU") and message.count("\n") == 1
     assert not (tmp_path / "plans").exists()
+
+
+def test_a_damaged_bundle_is_not_built(bundle, store, monkeypatch, capsys):
+    """The key of a plan is made of the manifest's digests: a graph that is another one would be kept under the wrong key."""
+    monkeypatch.setattr(machine, "probe", lambda what: MACHINE)
+    graph = bundle.path / ENCODER.file
+    graph.write_bytes(graph.read_bytes()[::-1])
+    assert main(["build", str(bundle.path), "--plans", str(store.folder)]) == 2
+    assert "expected sha256" in capsys.readouterr().err and not store.folder.exists()
 
 
 def test_an_export_elsewhere_says_where_plans_are_built(bundle, monkeypatch):
