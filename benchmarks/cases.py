@@ -55,6 +55,10 @@ CHECKPOINT = "checkpoint"  # folder beside the bundles that were made from it he
 DRIVING_CYCLE = 8  # different driving frames of a synthetic clip; more would only need memory
 
 
+class ExportFailed(UserError):
+    """fp-export could not make a bundle that a case needs: a failure of the program, not something that is missing here."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One measurement. None takes what the bundle, or the machine, says.
@@ -73,6 +77,7 @@ class Case:
         repetitions: at least so many, at most max_repetitions; they end when the 95 % interval of every row's median is within
             `interval` of it on both sides, or when max_seconds have passed.
         cold_start: also start fresh processes of `engine` and time them to their first picture.
+        memory_gib: of the host, for the export and all rows at once; a machine with less is told so before anything starts.
     """
 
     name: str
@@ -99,11 +104,12 @@ class Case:
     max_seconds: float = 120.0
     interval: float = 0.02
     cold_start: bool = True
+    memory_gib: float | None = None
     sweep: Mapping[str, tuple[int, ...]] | None = None
 
     def __post_init__(self):
         sizes = ("blocks", "resolution", "steps", "window", "chunk", "threads", "frames", "repetitions")
-        for name in (*sizes, "target_fps", "max_seconds"):
+        for name in (*sizes, "target_fps", "max_seconds", "memory_gib"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise CheckpointError(name, expected="more than 0", found=f"{value:g}", action="choose another number")
@@ -149,7 +155,7 @@ class Case:
         """What a report says of the case: everything that changes its times, nothing of where files lie or how often it ran."""
         left_out = {
             "name", "checkpoint", "engine", "peers", "sweep", "repetitions", "max_repetitions", "max_seconds", "interval",
-            "cold_start",
+            "cold_start", "memory_gib",
         }  # fmt: skip
         config = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
         if self.bundle is not None:
@@ -317,6 +323,11 @@ def _exported(name: str, config: ModelConfig, precision: str) -> Path:
 
 
 def _export(checkpoint: Path, output: Path, precision: str) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            "making a bundle to measure", expected="torch", found="none",
+            action='pip install "factorportrait[export]", or name a bundle',
+        )  # fmt: skip
     # Nothing is done when the bundle is there and up to date; that costs the digests of the files.
     arguments = [str(checkpoint), "--output", str(output), "--precision", precision]
     _run(["-m", "factorportrait.export.cli", *arguments])
@@ -327,7 +338,7 @@ def _run(arguments: list[str], text: str = "") -> None:
     done = subprocess.run([sys.executable, *arguments], input=text, text=True, capture_output=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(
+        raise ExportFailed(
             "making a bundle to measure", expected="fp-export to make it", found=last.removeprefix("fp-export: error: "),
             action="mend that, or name a bundle",
         )  # fmt: skip
@@ -353,6 +364,10 @@ def resolve(case: Case, config: ModelConfig) -> Case:
         case, mode=options.mode, steps=options.steps, chunk=options.chunk_frames, window=options.window_frames,
         threads=case.threads or len(os.sched_getaffinity(0)), target_fps=case.target_fps or config.fps, resolution=config.height,
     )  # fmt: skip
+    if case.threads > (cores := len(os.sched_getaffinity(0))):
+        raise UserError(
+            f"case {case.name}: threads", expected=f"at most {cores}, the cores here", found=str(case.threads), action="use fewer"
+        )
     longest = 1 + FRAMES_PER_LATENT * (config.generation.max_clip_frames - 1)
     if case.mode == "clip" and case.frames > longest:
         raise UserError(

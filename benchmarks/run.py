@@ -24,6 +24,7 @@ from pathlib import Path
 from factorportrait.benchmarks.cases import (
     CASES,
     Case,
+    ExportFailed,
     is_demo,
     load_cases,
     materialise,
@@ -238,13 +239,20 @@ def check_output(folder: Path) -> None:
 def measure_point(run: Run, case: Case, sweep: Sweep | None) -> None:
     """Measure one case and add its rows to the run's. What cannot run is a row that says why."""
     say(f"{case.name}: {', '.join(case.rows)}")
+    reasons = unavailable_rows(case, run.machine)
+
+    def without_rows(why: str = "", failed: bool = False) -> None:
+        rows = {name: WorkerError(reason or why, available=failed and not reason) for name, reason in reasons.items()}
+        run.results += measure_case(case, rows, sweep=sweep)
+
+    if all(reasons.values()):
+        return without_rows()
     try:
         folder = materialise(case)
         bundle = Bundle(folder)
         case = resolve(case, bundle.config)
     except UserError as error:
-        run.results += measure_case(case, {name: WorkerError(str(error), available=False) for name in case.rows}, sweep=sweep)
-        return
+        return without_rows(str(error), failed=isinstance(error, ExportFailed))
     for key in needed_limits(run, case):
         if key not in run.limits:
             keep_limits(run, key)
@@ -257,6 +265,19 @@ def measure_point(run: Run, case: Case, sweep: Sweep | None) -> None:
     for i, result in enumerate(results, first):
         if case.cold_start and result.peer == case.engine:
             run.results[i] = with_cold_start(result, case, folder, 1 if run.quick else COLD_STARTS)
+
+
+def unavailable_rows(case: Case, machine: Machine) -> dict[str, str]:
+    """Row -> why it cannot run here, or "": what is known without a bundle, so that nothing is exported in vain."""
+    if case.memory_gib is not None and machine.memory_bytes is not None and machine.memory_bytes < case.memory_gib * 2**30:
+        here = f"{machine.memory_bytes / 2**30:.1f}"
+        found = f"too large for this machine: it needs {case.memory_gib:g} GiB of memory, here are {here}"
+        return dict.fromkeys(case.rows, found)
+    reasons = {name: PEERS[name].unavailable(case) for name in case.rows}
+    if PEERS[case.engine].device == "cuda" and (reason := reasons[case.engine]):
+        # On a processor its peers would compute for hours, and be compared with nothing.
+        reasons = {name: own or f"the case is for {case.engine}: {reason}" for name, own in reasons.items()}
+    return reasons
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ arrive exactly when the session is free to take them. `deadline_misses`: share o
 player wants them that shows `target_fps` pictures a second, two chunks behind a driving of that rate: while one chunk
 is being collected, the one before may be computed.
 
-**Stages.** `stage_ms` of a chunk holds wall time by stage: `expression`, `rays`, `pose`, `conditions`, `step.0` ...
+**Stages.** `stage_ms` of a chunk holds wall time by stage: `expression`, `pose`, `conditions`, `step.0` ...
 `step.N-1`, `commit`, `decode`, with `input` and `write` where they count, and `other`: the time in which none of them
 ran, which is the loop's own Python (converting pictures, drawing noise, positions) and its caller's. In serial
 execution the stages of a chunk do not overlap, so with `other` they sum to its wall time; `accounted` is the share

@@ -145,8 +145,25 @@ def test_the_demo_at_another_size_is_exported_from_its_own_weights(monkeypatch, 
     assert (checkpoint / "dit.safetensors").read_bytes() == (shipped_checkpoint() / "dit.safetensors").read_bytes()
 
 
+def test_shipped_cases_of_the_demo_fit_the_demo(monkeypatch):
+    """Every point of every curve; on a machine with cores enough."""
+    monkeypatch.setattr(cases.os, "sched_getaffinity", lambda _: range(64))
+    config = read_config(shipped_checkpoint())
+    found = [case for case in load_cases(["demo", "demo-int8", "demo-scaling", "pareto"]) if cases.is_demo(case)]
+    points = [point for case in found for point, _ in case.points()]
+    assert len(points) > 20
+    for point in points:
+        sized = replace(config, height=point.resolution or config.height, width=point.resolution or config.width)
+        resolve(point, sized)
+
+
+def test_more_threads_than_cores_are_refused(tiny_bundle):
+    with pytest.raises(UserError, match="threads; expected at most"):
+        resolve(Case("c", bundle=str(tiny_bundle), threads=4096), Bundle(tiny_bundle).config)
+
+
 def test_an_export_that_fails_says_why(tmp_path):
-    with pytest.raises(UserError, match="expected fp-export to make it; found .*no-such-checkpoint"):
+    with pytest.raises(cases.ExportFailed, match="expected fp-export to make it; found .*no-such-checkpoint"):
         cases._export(tmp_path / "no-such-checkpoint", tmp_path / "out", "fp32")
 
 
