@@ -160,9 +160,10 @@ def compare(
             notes.append(f"The {name} checkout had changes that no commit holds.")
     found: list[tuple[str, list[Result], list[Result]]] = []
     cases, skipped = [], []
+    one_machine = len({report.machine.identity for report in (*base, *head)}) == 1
     for key in dict.fromkeys(result.key for report in (*base, *head) for result in report.results):
         results = [[_result(report, key) for report in side] for side in (base, head)]
-        broken, reason = _usable(*results, free=BUNDLE_KEYS if paired else ())
+        broken, reason = _usable(*results, free=BUNDLE_KEYS if paired else (), one_machine=one_machine)
         if broken:
             cases.append(CaseComparison(key, (), broken=broken))
         elif reason:
@@ -206,18 +207,21 @@ def _result(report: Report, key: str) -> Result | None:
     return next((result for result in report.results if result.key == key), None)
 
 
-def _usable(base: list[Result | None], head: list[Result | None], free: Sequence[str] = ()) -> tuple[str, str]:
+def _usable(
+    base: list[Result | None], head: list[Result | None], free: Sequence[str] = (), one_machine: bool = True
+) -> tuple[str, str]:
     """("", "") where a case can be compared, else (why head is broken, "") or ("", why it is left out).
 
-    free: keys of the config that may differ.
+    free: keys of the config that may differ; one_machine: what ran in base is not missing in head, but lost.
     """
     for side, results in (("base", base), ("head", head)):
         if missing := [result for result in results if result is None]:
             return "", f"not in {'all reports of ' if len(results) > len(missing) else ''}{side}"
     for side, results in (("base", base), ("head", head)):
         for result in results:
-            if result.status == "failed" and side == "head" and all(r.status == "ok" for r in base):
-                return f"failed in head: {result.reason}", ""
+            lost = result.status == "failed" or (result.status == "unavailable" and one_machine)
+            if lost and side == "head" and all(r.status == "ok" for r in base):
+                return f"{result.status} in head: {result.reason}", ""
             if not any(_steady(result)):
                 return "", f"{result.status} in {side}: {result.reason or 'no steady chunk'}"
     for result in (*base, *head):

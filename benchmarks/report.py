@@ -13,13 +13,14 @@ import numpy as np
 from factorportrait.benchmarks import svg
 from factorportrait.benchmarks.compare import cell
 from factorportrait.benchmarks.page import binary, html_document, html_table, metric_prefix, significant
-from factorportrait.benchmarks.schema import Chunk, Report, Result, Summary
+from factorportrait.benchmarks.schema import ACCOUNTED, OTHER, Chunk, Report, Result, Summary
 from factorportrait.errors import UserError
 from factorportrait.files import whole_file
 
 FILES = ("latency.html", "summary.md", "customSmallerIsBetter.json")
 README_START = "<!-- performance: written by fp-bench report -->"
 README_END = "<!-- end of performance -->"
+SAME_WORK = ("mode", "io", "resolution", "steps", "window", "chunk", "frames", "guidance", "threads")  # of a config
 STYLE = f"""{svg.STYLE}
 .noisy {{ color: #b35900; font-weight: 600; }} code {{ font-size: .9em; }} td, th small {{ white-space: nowrap; }}
 td.text {{ white-space: normal; }} tr.main small {{ font-weight: 400; }}
@@ -63,6 +64,17 @@ def doubts(report: Report) -> list[str]:
     for gpu in report.machine.gpus:
         if gpu.throttle_reasons:
             found.append(f"{gpu.name} throttled: {', '.join(gpu.throttle_reasons)}.")
+    beyond = [result.key for result in report.results if any((stage.fraction or 0) > 1 for stage in result.stages)]
+    if beyond:
+        found.append(
+            f"Stages faster than the measured limit of the machine in {', '.join(beyond)}: something else ran while the limit was "
+            "measured, so shares of the limit are too high."
+        )
+    for result in report.results:
+        if result.execution == "serial" and result.accounted is not None and result.accounted < ACCOUNTED:
+            found.append(
+                f"The stages of {result.key} account for only {100 * result.accounted:.1f} % of its time; the rest is `other`."
+            )
     return found
 
 
@@ -82,8 +94,12 @@ def cases(report: Report) -> dict[str, list[Result]]:
 def without_latency(result: Result) -> str:
     """What a row says that has no latency: why, or the stages of a peer that makes no pictures."""
     if result.status == "ok":
-        times = ", ".join(f"{stage.name} {significant(stage.per_chunk.p50)} ms" for stage in result.stages)
-        return f"stages alone: {times} per chunk"
+        times: dict[str, float] = {}
+        for stage in result.stages:
+            name = "denoising steps" if stage.name.startswith("step.") else stage.name
+            times[name] = times.get(name, 0.0) + stage.per_chunk.p50
+        times.pop(OTHER, None)
+        return "no pictures; " + ", ".join(f"{name} {significant(ms)} ms" for name, ms in times.items()) + " per chunk"
     return f"{result.status}: {result.reason}"
 
 
@@ -161,11 +177,47 @@ def readme_table(report: Report) -> str:
     """The part of README between its markers."""
     lines = [f"{describe_machine(report)}; {describe_code(report)}."]
     lines += [f"**{doubt}**" for doubt in doubts(report)]
-    lines += ["", *rows_table([result for result in report.results if result.sweep is None])]
-    for rows in cases(report).values():
-        if rows[0].stages:
-            lines += ["", f"Stages of {rows[0].key}:", "", *stages_markdown(rows[0])]
+    lines += ["", *engines_table([result for result in report.results if result.sweep is None])]
+    lead = next((rows[0] for rows in cases(report).values() if rows[0].latency), None)
+    if lead is not None:
+        lines += ["", "Stages of the first row, and how near each comes to this machine's limit:", "", *stages_markdown(lead)]
     return "\n".join(lines)
+
+
+def engines_table(results: Sequence[Result]) -> list[str]:
+    """Lines of Markdown for who chooses an engine. Times are relative to the first row that does the same work."""
+    from factorportrait.benchmarks.peers import PEERS
+
+    lines = [
+        "| case | engine | ms per frame, median | p99 | time, relative | first frame, ms | frames/s | peak memory |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    first: dict[tuple, float] = {}
+    shown = ""
+    for result in results:
+        case, shown = "" if result.case == shown else describe_case(result), result.case
+        peer = PEERS.get(result.peer)
+        start = f"| {cell(case)} | {cell(peer.description if peer else result.peer)} | "
+        if result.latency is None:
+            lines.append(start + cell(without_latency(result)) + " |" + " |" * 5)
+            continue
+        per_frame, latency = result.latency.per_frame, result.latency
+        reference = first.setdefault(tuple(result.config.get(name) for name in SAME_WORK), per_frame.p50)
+        cells = [
+            significant(per_frame.p50), significant(per_frame.p99), f"{per_frame.p50 / reference:.2f}×",
+            significant(latency.first_frame.p50), significant(latency.throughput_fps), binary(result.memory.host_peak_bytes),
+        ]  # fmt: skip
+        lines.append(start + " | ".join(cells) + " |")
+    return lines
+
+
+def describe_case(result: Result) -> str:
+    """`demo: 128 px, fp32, stream, 4 steps`; the name alone where the row never came to its bundle."""
+    config = result.config
+    if config.get("steps") is None or config.get("resolution") is None:
+        return result.case
+    ends = ", with files" if config.get("io") else ""
+    return f"{result.case}: {config['resolution']} px, {config['precision']}, {config['mode']}, {config['steps']} steps{ends}"
 
 
 def update_readme(path: Path, report: Report) -> Path:
@@ -351,12 +403,13 @@ def costs_html(results: list[Result]) -> str:
         cells = [
             escape(result.key), binary(memory.host_peak_bytes), binary(memory.device_peak_bytes), binary(memory.weight_bytes),
             binary(memory.cache_bytes), seconds(startup.build_s), seconds(startup.load_s), seconds(startup.cold_start_s),
-            "–" if energy is None else f"{significant(energy.per_frame_j)} J", str(len(result.repetitions)), escape(result.stopped),
+            "–" if energy is None else f"{significant(energy.per_frame_j)} J", str(len(result.repetitions)),
+            str(len(steady_chunks(result))), escape(result.stopped),
         ]  # fmt: skip
         rows.append(("", cells))
     head = [
         "Row", "host memory, peak", "device memory, peak", "weights", "K/V cache", "build", "load",
-        "process start to first picture", "energy per frame", "repetitions", "stopped by",
+        "process start to first picture", "energy per frame", "repetitions", "steady chunks", "stopped by",
     ]  # fmt: skip
     return html_table(head, rows)
 
@@ -382,7 +435,7 @@ def stages_html(result: Result) -> str:
     if result.execution == "overlapped":
         busy = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result.occupancy.items())
         notes.append(f"Stages overlap; busy: {busy}. Critical path: {' → '.join(result.critical_path)}.")
-    notes += result.notes
+    notes += [f"{note[:1].upper()}{note[1:]}." for note in result.notes]
     return html_table(head, rows) + f'<p class="note">{escape(" ".join(notes))}</p>'
 
 

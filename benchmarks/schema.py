@@ -56,6 +56,7 @@ REPORT_FILE = "latency.json"
 STATUSES = ("ok", "unavailable", "failed", "interrupted")
 BUNDLE_KEYS = ("bundle", "precision")  # of a config: they tell what is compared where two bundles took turns
 OTHER = "other"  # the stage of the time in which no stage ran
+ACCOUNTED = 0.98  # of serial wall time that named stages should explain; a row with less says so
 
 
 @dataclass(frozen=True)

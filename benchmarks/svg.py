@@ -52,6 +52,8 @@ class Scale:
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             digits = (1, 2, 5) if len(decades) <= 4 else (1,)
+            if self.high < 10 * self.low:
+                digits = (1, 1.5, 2, 3, 4, 5, 7)
             found = [digit * 10.0**power for power in decades for digit in digits]
             return [value for value in found if self.low * 0.999 <= value <= self.high * 1.001]
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))

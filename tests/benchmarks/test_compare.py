@@ -217,10 +217,11 @@ def test_python_between_the_stages_can_be_at_fault():
 # Reports that do not fit
 
 
-def test_case_that_no_longer_runs_fails():
+@pytest.mark.parametrize("status", ["failed", "unavailable"])
+def test_case_that_no_longer_runs_fails(status):
     base, head = turns(np.random.default_rng(18), 8, {})
     failed = dataclasses.replace(
-        head.results[0], status="failed", reason="out | of memory", repetitions=(), latency=None
+        head.results[0], status=status, reason="out | of memory", repetitions=(), latency=None
     )
     compared = compare.compare([base], [without(head, results=(failed,))], THRESHOLDS)
     assert compared.regressed and "out \\| of memory" in compare.markdown(compared)

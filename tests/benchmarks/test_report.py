@@ -20,6 +20,8 @@ from factorportrait.benchmarks.report import (
     FILES,
     README_END,
     README_START,
+    doubts,
+    engines_table,
     html_page,
     smaller_is_better,
     update_readme,
@@ -86,11 +88,23 @@ def test_noise_and_interruption_are_told(whole, tmp_path):
     assert "> Noisy run: the clock" in summary and "> The run was interrupted" in summary
 
 
+def test_stages_that_do_not_add_up_and_limits_that_were_beaten_are_told(whole):
+    """In serial execution the named stages have to explain 98 % of the time; a share above 1 says that the limit is wrong."""
+    assert not any("account for only" in doubt or "limit of the machine" in doubt for doubt in doubts(whole))
+    row = whole.results[0]
+    lost = dataclasses.replace(row, accounted=0.975)
+    assert "demo/onnxruntime-cpu account for only 97.5 %" in doubts(dataclasses.replace(whole, results=(lost,)))[-1]
+    overlapped = dataclasses.replace(lost, execution="overlapped")
+    assert doubts(dataclasses.replace(whole, results=(overlapped,))) == doubts(dataclasses.replace(whole, results=(row,)))
+    beaten = dataclasses.replace(row, stages=(dataclasses.replace(row.stages[0], fraction=1.4),))
+    assert "in demo/onnxruntime-cpu: something else ran" in doubts(dataclasses.replace(whole, results=(beaten,)))[-1]
+
+
 def test_rows_without_a_latency(whole):
     """A peer that makes no pictures has stages alone; a report without any figures is a page all the same."""
     part = dataclasses.replace(whole.results[1], latency=None, stages=whole.results[1].stages[4:6])
     page = html_page(dataclasses.replace(whole, results=(whole.results[0], part)))
-    assert "stages alone: step.0" in page
+    assert "no pictures; denoising steps" in page
     assert "No row has figures" in html_page(dataclasses.replace(whole, results=whole.results[2:4]))
 
 
@@ -126,7 +140,7 @@ def test_readme_gets_the_table_between_its_markers(tmp_path, whole):
     update_readme(readme, whole)
     text = readme.read_text()
     assert text.startswith(f"# Title\n\n{README_START}\n") and text.endswith(f"\n{README_END}\n\nrest |\n")
-    assert "old" not in text and "| demo/torch |" in text and "Test CPU" in text
+    assert "old" not in text and "| the same loop on PyTorch" in text and "Test CPU" in text
     update_readme(readme, whole)
     assert readme.read_text() == text
 
@@ -140,6 +154,21 @@ def test_readme_without_its_markers_is_refused(tmp_path, whole, text):
     with pytest.raises(UserError, match="once each"):
         update_readme(readme, whole)
     assert readme.read_text() == text
+
+
+def test_engines_are_compared_with_the_first_row_of_the_same_work():
+    rng = np.random.default_rng(6)
+    fast, slow = ([repetition(rng, 0.0, i, dict.fromkeys(STAGES, f)) for i in range(8)] for f in (1, 2))
+    rows = [
+        result(fast), result(slow, peer="torch"), result(slow, case="demo-int8", precision="int8"),
+        result(slow, case="long", frames=99),
+    ]  # fmt: skip
+    lines = [line.split(" | ") for line in engines_table(rows)[2:]]
+    assert [cells[0] for cells in lines][:3] == [
+        "| demo: 128 px, fp32, stream, 2 steps", "| ", "| demo-int8: 128 px, int8, stream, 2 steps",
+    ]  # fmt: skip
+    ratios = [float(cells[4].rstrip("×")) for cells in lines]
+    assert ratios == pytest.approx([1, 2, 2, 1], rel=0.1)
 
 
 # Numbers and scales
