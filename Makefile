@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 BENCH ?= docs/bench
+# Of `make pareto`. Clips long enough for a full window.
+PARETO_PRECISIONS ?= fp32 int8
+PARETO_CLIPS ?= --identities 8 --frames 29
+PARETO_RUN ?=
 # Where torch comes from. Without an NVIDIA GPU: wheels without CUDA, gigabytes smaller; if that index cannot be reached, or
 # TORCH_INDEX is empty, the usual one.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
@@ -15,7 +19,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 BUILT_FROM := pyproject.toml $(shell find cpp_ext -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt')
 
-.PHONY: demo bench bench-smallest test test-full lint sanitize clean
+.PHONY: demo bench bench-smallest pareto test test-full lint sanitize clean
 
 demo: $(STAMP_DEMO)
 	$(BIN)/fp-export --precision fp32 --output $(OUT)/demo-fp32
@@ -30,6 +34,19 @@ bench: $(STAMP_DEV)
 bench-smallest: $(STAMP_DEV)
 	$(BIN)/fp-bench run --cases smallest --quick --output $(OUT)/bench-smallest
 	$(BIN)/fp-bench report $(OUT)/bench-smallest
+
+# Quality beside speed over precision, steps and window: $(OUT)/pareto/pareto.html. PARETO_PRECISIONS="fp32 fp16 int8" for more.
+pareto: $(STAMP_DEV)
+	set -e; for precision in $(PARETO_PRECISIONS); do \
+		bundle=$(OUT)/demo-$$precision; report=$(OUT)/pareto/$$precision; \
+		$(BIN)/fp-export --precision $$precision --output $$bundle; \
+		$(BIN)/fp-bench run $$bundle --cases pareto $(PARETO_RUN) --output $$report-latency; \
+		$(BIN)/fp-bench quality $$bundle --steps 1,2,4,8 $(PARETO_CLIPS) --output $$report-steps; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --window 3 $(PARETO_CLIPS) --output $$report-window; \
+	done
+	$(BIN)/fp-bench pareto --output $(OUT)/pareto/pareto.html \
+		--latency $(addsuffix -latency,$(addprefix $(OUT)/pareto/,$(PARETO_PRECISIONS))) \
+		--quality $(foreach precision,$(PARETO_PRECISIONS),$(OUT)/pareto/$(precision)-steps $(OUT)/pareto/$(precision)-window)
 
 test: $(STAMP_DEV)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

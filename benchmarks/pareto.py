@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from factorportrait.benchmarks import svg
 from factorportrait.benchmarks.page import html_document, html_table, number, significant
@@ -23,6 +24,7 @@ LARGER_IS_BETTER = {
     "psnr": True, "psnr_expression": True, "ssim": True, "lpips": False, "expression_error": False, "pose_error_deg": False,
     "identity_error": False,
 }  # fmt: skip
+CLIPS = ("identities", "frames", "modes", "seed", "clips")  # settings of a quality report that decide what was judged
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
     """Match the reports.
 
     Raises:
-        UserError: an unknown metric, a file that is no such report, different machines, or nothing that belongs together.
+        UserError: an unknown metric, a file that is no such report, different clips or machines, or nothing that belongs together.
     """
     if metric not in LARGER_IS_BETTER:
         raise UserError(
@@ -70,8 +72,16 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
         )
     judged: dict[Way, float] = {}
     alone = []
+    clips: dict[str, Any] = {}
     for path in qualities:
-        found, reason = read_quality(path, metric)
+        found, reason, of = read_quality(path, metric)
+        clips = clips or of
+        if different := [name for name in CLIPS if of.get(name) != clips.get(name)]:
+            name = different[0]
+            raise UserError(
+                "--quality", expected=f"reports of the same clips: {name} {clips.get(name)}, as in {qualities[0]}",
+                found=f"{of.get(name)} in {path}", action="measure them with the same options of fp-bench quality",
+            )  # fmt: skip
         judged |= found
         alone += [f"{path}: {reason}"] if reason else []
     reports = [read_report(path) for path in latency]
@@ -113,8 +123,8 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
     return Pareto(metric, tuple(mark_best(points, LARGER_IS_BETTER[metric])), tuple(alone))
 
 
-def read_quality(path: Path, metric: str) -> tuple[dict[Way, float], str]:
-    """Way -> mean figure over the clips, for every number of steps that the report has; and why there is none."""
+def read_quality(path: Path, metric: str) -> tuple[dict[Way, float], str, dict[str, Any]]:
+    """Way -> mean figure over the clips, for every number of steps that the report has; why there is none; and its settings."""
     path = path / quality.FILES[0] if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
@@ -128,7 +138,7 @@ def read_quality(path: Path, metric: str) -> tuple[dict[Way, float], str]:
     report = quality.Report.from_json(text, f"quality report {path}")
     bundle, settings = report.bundle, report.settings
     if settings.get("window_frames") is None:
-        return {}, "it does not tell its window: make it again"
+        return {}, "it does not tell its window: make it again", settings
     found = {}
     for steps in settings["steps"]:
         value = quality.mean_of(report, f"steps_{steps}", metric)
@@ -137,7 +147,7 @@ def read_quality(path: Path, metric: str) -> tuple[dict[Way, float], str]:
                 bundle["source_key"], bundle["precision"], settings["generation"], steps, settings["window_frames"]
             )
             found[way] = value
-    return found, "" if found else f"{metric} was not measured"
+    return found, "" if found else f"{metric} was not measured", settings
 
 
 def leading(results: Sequence[Result]) -> list[Result]:

@@ -67,8 +67,9 @@ def doubts(report: Report) -> list[str]:
     beyond = [result.key for result in report.results if any((stage.fraction or 0) > 1 for stage in result.stages)]
     if beyond:
         found.append(
-            f"Stages faster than the measured limit of the machine in {', '.join(beyond)}: something else ran while the limit was "
-            "measured, so shares of the limit are too high."
+            f"Stages faster than the measured limit of the machine in {len(beyond)} of {len(measured(report.results))} rows "
+            f"({beyond[0]}{' ...' if len(beyond) > 1 else ''}): something else ran while the limit was measured, so shares of the "
+            "limit are too high."
         )
     for result in report.results:
         if result.execution == "serial" and result.accounted is not None and result.accounted < ACCOUNTED:

@@ -196,10 +196,10 @@ def _torch_peer(name: str, description: str, unavailable: Callable[[Case], str],
 TORCH_DEVICE = "cpu" if isinstance(find_gpu(), str) else "cuda"
 LOOPS = (
     _peer("onnxruntime-cpu", "ONNX Runtime on the CPU, bound buffers", "onnxruntime-cpu"),
-    _peer("onnxruntime-cpu-eager", "the same with plain calls that allocate every result", "onnxruntime-cpu", eager=True),
+    _peer("onnxruntime-cpu-eager", "ONNX Runtime on the CPU, calls that allocate every result", "onnxruntime-cpu", eager=True),
     _peer("onnxruntime-cuda", "ONNX Runtime on an NVIDIA GPU", "onnxruntime-cuda"),
     _peer("tensorrt", "TensorRT plans, replayed as CUDA graphs", "tensorrt"),
-    _torch_peer("torch", "the same loop on PyTorch's modules: eager on a CPU, CUDA graphs on a GPU", _obstacle("torch")),
-    _torch_peer("torch-bf16", "the same in bfloat16", _obstacle("torch"), precision="bf16", dtype="bfloat16"),
-    _torch_peer("torch-compile", "the same through torch.compile", _no_compiler, compile=True),
+    _torch_peer("torch", "PyTorch's modules in the same loop (eager on a CPU, CUDA graphs on a GPU)", _obstacle("torch")),
+    _torch_peer("torch-bf16", "PyTorch in bfloat16", _obstacle("torch"), precision="bf16", dtype="bfloat16"),
+    _torch_peer("torch-compile", "PyTorch through torch.compile", _no_compiler, compile=True),
 )

@@ -97,7 +97,7 @@ def test_stages_that_do_not_add_up_and_limits_that_were_beaten_are_told(whole):
     overlapped = dataclasses.replace(lost, execution="overlapped")
     assert doubts(dataclasses.replace(whole, results=(overlapped,))) == doubts(dataclasses.replace(whole, results=(row,)))
     beaten = dataclasses.replace(row, stages=(dataclasses.replace(row.stages[0], fraction=1.4),))
-    assert "in demo/onnxruntime-cpu: something else ran" in doubts(dataclasses.replace(whole, results=(beaten,)))[-1]
+    assert "in 1 of 1 rows (demo/onnxruntime-cpu): something else ran" in doubts(dataclasses.replace(whole, results=(beaten,)))[-1]
 
 
 def test_rows_without_a_latency(whole):
@@ -140,7 +140,7 @@ def test_readme_gets_the_table_between_its_markers(tmp_path, whole):
     update_readme(readme, whole)
     text = readme.read_text()
     assert text.startswith(f"# Title\n\n{README_START}\n") and text.endswith(f"\n{README_END}\n\nrest |\n")
-    assert "old" not in text and "| the same loop on PyTorch" in text and "Test CPU" in text
+    assert "old" not in text and "| PyTorch's modules in the same loop" in text and "Test CPU" in text
     update_readme(readme, whole)
     assert readme.read_text() == text
 
@@ -223,13 +223,15 @@ def test_mark_best():
     assert [point.name for point in mark_best(points, False) if point.best] == ["3"]
 
 
-def quality_report(folder, steps, window, psnr):
+def quality_report(folder, steps, window, psnr, identities=1):
     """psnr: by steps."""
     figures = {f"steps_{n}": {metric: None for metric in quality.METRICS} | {"psnr": psnr[n]} for n in steps}
     truth = {"truth": {metric: None for metric in quality.METRICS}}
     found = quality.Report(
         schema=quality.SCHEMA, bundle={"name": "demo", "precision": "fp32", "source_key": "k" * 16},
-        settings={"steps": steps, "primary_steps": steps[0], "generation": "stream", "window_frames": window, "identities": 1},
+        settings={
+            "steps": steps, "primary_steps": steps[0], "generation": "stream", "window_frames": window, "identities": identities,
+        },
         thresholds={}, rulers={}, clips=[{"person": "a", "mode": "all", "changed_share": 0.1, "methods": figures | truth}],
         cross=[], disentanglement=[], actions=[], stream=None, seconds=1.0,
     )  # fmt: skip
@@ -275,6 +277,7 @@ def test_pareto_refuses_what_does_not_belong_together(both, capsys, tmp_path):
         ["--latency", tmp_path / "alone.json", "--quality", wide],
         ["--latency", folder, "--quality", wide, "--metric", "sharpness"],
         ["--latency", folder, "--quality", folder],
+        ["--latency", folder, "--quality", wide, quality_report(tmp_path / "others", [4], 3, {4: 20.0}, identities=2)],
         ["--latency", wide / "quality.json", "--quality", wide],
     ):
         assert cli.main(["pareto", "--output", str(tmp_path / "p.html"), *map(str, arguments)]) == 2
