@@ -18,6 +18,7 @@ from factorportrait.runtime.cache import choose_cache
 from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
 from factorportrait.runtime.embedding import choose_embedding
 from factorportrait.runtime.loop import HOISTS, Denoiser
+from factorportrait.runtime.pipeline import Pipeline, choose_overlap
 from factorportrait.runtime.schedule import NoiseSource, flow_schedule, parse_guidance
 from factorportrait.runtime.timing import Timings
 from factorportrait.runtime.vae import StreamingVAE, to_pictures
@@ -50,6 +51,10 @@ class SessionOptions:
         embedding: "auto", "fused" or "graph", see `factorportrait.runtime.embedding.choose_embedding`.
         hoist: "all", "none", or some of `factorportrait.runtime.loop.HOISTS` with commas between them: what leaves the loop. The
             pictures are the same; less is slower, and shows what each brings.
+        overlap: "auto", "none", "media" or "stages", see `factorportrait.runtime.pipeline.OVERLAPS`: what `frames` and `chunks` do
+            at the same time. The pictures are the same.
+        quick_start: the first chunk is one latent frame and the second one shorter, so that the first picture comes early. A
+            checkpoint trained on whole chunks alone has not seen such a start.
     """
 
     mode: str | None = None
@@ -61,6 +66,8 @@ class SessionOptions:
     cache: str = "auto"
     embedding: str = "auto"
     hoist: str = "all"
+    overlap: str = "none"
+    quick_start: bool = False
 
     def resolve(self, config: ModelConfig) -> SessionOptions:
         """Fill in the checkpoint's values.
@@ -171,6 +178,15 @@ class OpenBundle:
         return session
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a chunk is generated from: its latent frames, the index of the first, and how many of its pictures are wanted."""
+
+    groups: list[Group]
+    first_frame: int
+    num_frames: int
+
+
 class Session:
     """One portrait, driven frame by frame. Not for use by several threads at once.
 
@@ -209,6 +225,7 @@ class Session:
             fused=fused, hoist=hoist,
         )  # fmt: skip
         self._decoder = StreamingVAE(engine, "decode")
+        self.overlap, self.overlap_reason = choose_overlap(options.overlap, engine)
         self._restart()
 
     @property
@@ -228,13 +245,14 @@ class Session:
         self._decoder.reset()
         self._groups: list[Group] = []
         self._num_pushed = 0
-        self._num_given = 0
-        self._num_latent_frames = 0
+        self._num_taken = 0  # those of them that a chunk has
+        self._num_encoded = 0  # latent frames that a chunk has
         self._last: DrivingFrame | None = None
         self._started: float | None = None
         self._chunk_before: float | None = None
         self._busy_s = 0.0
         self._finished = False
+        self._kept: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     def set_reference(self, portrait: np.ndarray) -> None:
         """Begin a clip of this person; what was generated before is forgotten.
@@ -264,44 +282,76 @@ class Session:
         Raises:
             UserError: no reference yet, the clip is finished, or a clip longer than the checkpoint's (clip mode).
         """
-        if not self._has_reference or self._finished:
-            found = "a finished clip" if self._finished else "none"
-            raise UserError("push", expected="a portrait first", found=found, action="call set_reference")
+        self._check_begun("push")
         start = time.perf_counter()
-        self._num_pushed += 1
-        self._last = frame
-        self.check_length(self._num_pushed)
-        group = self._encoder.push(frame)
-        if group is not None:
-            self._groups.append(group)
-        ready = self.options.mode == "stream" and len(self._groups) == self.options.chunk_frames
-        pictures = self._generate() if ready else []
+        work = self._take(frame)
+        pictures = [] if work is None else self._decode(self._generate(work), work.num_frames)
         self._account(start, pictures)
         return pictures
 
     def finish(self) -> list[np.ndarray]:
         """End the clip: the last chunk is completed by repeating the last frame, and the surplus is not given out."""
-        if self._last is None:
-            self._finished = self._has_reference
+        if not self._has_reference or self._finished:
             return []
         start = time.perf_counter()
-        pictures = []
-        if self._encoder.num_waiting or self._groups:
-            wanted = self.options.chunk_frames if self.options.mode == "stream" else 0
-            while self._encoder.num_waiting or len(self._groups) < wanted:
-                group = self._encoder.push(self._last)
-                if group is not None:
-                    self._groups.append(group)
-            pictures = self._generate()
+        work = self._complete()
+        pictures = [] if work is None else self._decode(self._generate(work), work.num_frames)
         self._account(start, pictures)
-        self._last, self._finished = None, True
+        self._finished = True
         return pictures
 
     def frames(self, driving: Iterable[DrivingFrame]) -> Iterator[np.ndarray]:
-        """Pictures for all of `driving`, as soon as they are ready."""
-        for frame in driving:
-            yield from self.push(frame)
-        yield from self.finish()
+        """Pictures for all of `driving`, as soon as they are ready; see `chunks`."""
+        for pictures in self.chunks(driving):
+            yield from pictures
+
+    def chunks(self, driving: Iterable[DrivingFrame]) -> Iterator[list[np.ndarray]]:
+        """Pictures for all of `driving`, chunk by chunk, as soon as they are ready.
+
+        With an overlap `driving` is iterated in another thread, ahead of the pictures. What it raises is raised here, after the
+        pictures of the chunks before. Who leaves early begins again with `set_reference`.
+        """
+        self._check_begun("frames")
+        if self.overlap == "none":
+            for frame in driving:
+                if pictures := self.push(frame):
+                    yield pictures
+            if pictures := self.finish():
+                yield pictures
+            return
+        self._finished = True  # `push` and `finish` have nothing to do with this clip
+        with Pipeline() as line:
+            own_thread = (lambda items, name: line.ahead(items, 1, name)) if self.overlap == "stages" else (lambda items, _: items)
+            # As little ahead as keeps all threads busy: more would make the driving older than it has to be, and need memory.
+            frames = line.ahead(driving, FRAMES_PER_LATENT * self.options.chunk_frames, "driving", wait=False)
+            latents = self._latents(own_thread(self._works(frames), "encoder"))
+            pictures = self._pictures(own_thread(latents, "denoiser"))
+            start = time.perf_counter()
+            for ready in line.ahead(pictures, 1, "decoder"):
+                self._account(start, ready)
+                yield ready
+                start = self._chunk_before
+
+    def _works(self, frames: Iterator[DrivingFrame]) -> Iterator[_Work]:
+        for frame in frames:
+            if (work := self._take(frame)) is not None:
+                yield work
+        if (work := self._complete()) is not None:
+            yield work
+
+    def _latents(self, works: Iterator[_Work]) -> Iterator[tuple[np.ndarray, int]]:
+        for index, work in enumerate(works):
+            latents = self._generate(work)
+            # The next chunk overwrites them while the decoder reads: one copy is at the decoder's, one waits, one is written.
+            if latents.shape not in self._kept:
+                self._kept[latents.shape] = [np.empty_like(latents) for _ in range(3)]
+            kept = self._kept[latents.shape][index % 3]
+            np.copyto(kept, latents)
+            yield kept, work.num_frames
+
+    def _pictures(self, latents: Iterator[tuple[np.ndarray, int]]) -> Iterator[list[np.ndarray]]:
+        for latent_frames, num_frames in latents:
+            yield self._decode(latent_frames, num_frames)
 
     def check_length(self, num_frames: int) -> None:
         """Raises UserError when a clip of so many frames is longer than the checkpoint's (clip mode)."""
@@ -314,19 +364,59 @@ class Session:
                 action=f"use --mode stream, or --frames {limit}",
             )
 
-    def _generate(self) -> list[np.ndarray]:
+    def _check_begun(self, what: str) -> None:
+        if not self._has_reference or self._finished:
+            found = "a finished clip" if self._finished else "none"
+            raise UserError(what, expected="a portrait first", found=found, action="call set_reference")
+
+    def _take(self, frame: DrivingFrame) -> _Work | None:
+        """Encode a driving frame; gives a chunk's work when it is the last one of it."""
+        self._num_pushed += 1
+        self._last = frame
+        self.check_length(self._num_pushed)
+        self._encode(frame)
+        return self._cut() if self.options.mode == "stream" and len(self._groups) == self._chunk_size() else None
+
+    def _complete(self) -> _Work | None:
+        """The work of what is left at the end of a clip, completed with its last frame."""
+        if not self._encoder.num_waiting and not self._groups:
+            return None
+        wanted = self._chunk_size() if self.options.mode == "stream" else 0
+        while self._encoder.num_waiting or len(self._groups) < wanted:
+            self._encode(self._last)
+        return self._cut()
+
+    def _encode(self, frame: DrivingFrame) -> None:
+        group = self._encoder.push(frame)
+        if group is not None:
+            self._groups.append(group)
+
+    def _chunk_size(self) -> int:
+        """Latent frames of the chunk that is gathered."""
+        size = self.options.chunk_frames
+        if not self.options.quick_start or size == 1:
+            return size
+        # 1, then what is missing to a whole chunk: behind that, chunks lie in the ring as they always do.
+        return {0: 1, 1: size - 1}.get(self._num_encoded, size)
+
+    def _cut(self) -> _Work:
         groups, self._groups = self._groups, []
-        chunk = self._builder.chunk(groups, self._num_latent_frames)
-        self._num_latent_frames += len(groups)
-        latents = self._denoiser.generate(chunk)
+        work = _Work(groups, self._num_encoded, self._num_pushed - self._num_taken)
+        self._num_encoded += len(groups)
+        self._num_taken = self._num_pushed
+        return work
+
+    def _generate(self, work: _Work) -> np.ndarray:
+        return self._denoiser.generate(self._builder.chunk(work.groups, work.first_frame))
+
+    def _decode(self, latents: np.ndarray, num_frames: int) -> list[np.ndarray]:
+        """Clean latents [1,C,N,h,w] -> their first `num_frames` pictures."""
         pictures: list[np.ndarray] = []
         for i in range(latents.shape[2]):
             with self.timings("decode"):
                 self._decoder.input[...] = latents[:, :, i : i + 1]
                 pictures += to_pictures(self._decoder())
-        pictures = pictures[: self._num_pushed - self._num_given]
-        self._num_given += len(pictures)
-        return pictures
+        return pictures[:num_frames]
 
     def _account(self, start: float, pictures: list[np.ndarray]) -> None:
         now = time.perf_counter()

@@ -90,17 +90,24 @@ def to_unit(image: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def to_pictures(frames: np.ndarray) -> list[np.ndarray]:
-    """float32 [1,3,n,H,W] in -1..1 -> n pictures uint8 [H,W,3].
+    """float32 [1,3,n,H,W] in -1..1, which is used up, -> n pictures uint8 [H,W,3].
 
     Raises:
         UserError: a value is not finite; a black picture would hide it.
     """
-    if not np.isfinite(frames).all():
+    if not np.isfinite(frames.sum()):
         raise UserError(
             "the decoder's frames",
             expected="finite numbers",
             found="not-a-number or infinity",
             action="check the bundle with fp-export inspect BUNDLE --verify, or use one of higher precision",
         )
-    scaled = (frames[0].transpose(1, 2, 3, 0) + 1) * 127.5
-    return list(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+    # In place, so that nothing large is allocated but the pictures.
+    frames += 1
+    frames *= np.float32(127.5)
+    np.rint(frames, out=frames)
+    np.clip(frames, 0, 255, out=frames)
+    _, _, num, height, width = frames.shape
+    pictures = np.empty((num, height, width, 3), np.uint8)
+    np.copyto(pictures, frames[0].transpose(1, 2, 3, 0), casting="unsafe")
+    return list(pictures)

@@ -1,0 +1,128 @@
+"""Iterators that run ahead in threads of their own: order is kept, queues are bounded, errors come out where the items do."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from factorportrait.engines.base import Engine
+from factorportrait.errors import UserError
+
+Item = TypeVar("Item")
+
+# none: everything in the caller's thread. media: the driving is read and rendered in one thread and pictures are made in another,
+# so that both go on while the caller writes. stages: encoder, denoiser and decoder have threads of their own as well.
+OVERLAPS = ("none", "media", "stages")
+
+
+def choose_overlap(kind: str, engine: Engine) -> tuple[str, str]:
+    """How much of a session runs at once, of `OVERLAPS`, and why.
+
+    Args:
+        kind: one of these, or "auto".
+
+    Raises:
+        UserError: another word, or "stages" on a device.
+    """
+    if kind not in ("auto", *OVERLAPS):
+        raise UserError("--overlap", expected=f"auto, {', '.join(OVERLAPS)}", found=kind, action="leave it out to have it chosen")
+    if engine.device == "cpu":
+        return ("stages", "one thread each for encoder, denoiser and decoder") if kind == "auto" else (kind, "asked for")
+    if kind == "stages":
+        raise UserError(
+            "--overlap stages", expected="an engine on the CPU", found=f"stages that share {engine.device} and one stream",
+            action="use --overlap media",
+        )  # fmt: skip
+    return ("media", f"stages take turns on {engine.device}, files do not") if kind == "auto" else (kind, "asked for")
+
+
+class Pipeline:
+    """Iterators that feed each other, each in a thread of its own. Leaving the context stops all of them.
+
+    >>> with Pipeline() as line:
+    ...     read = line.ahead(driving, 4, "driving", wait=False)
+    ...     for result in line.ahead(map(work, read), 1, "work"):
+    ...         show(result)
+    """
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def ahead(self, items: Iterable[Item], size: int, name: str, *, wait: bool = True) -> Iterator[Item]:
+        """The items in their order, made by a thread at most `size` ahead of whoever takes them.
+
+        The thread starts with the first item asked for. What `items` raises is raised here, after the items before it. When the
+        pipeline stops, the thread ends after the item that it works on, and closes `items`.
+
+        Args:
+            wait: leaving the pipeline waits for that. False for code that may stall: its thread ends when it goes on.
+        """
+        made: deque[Item] = deque()
+        ended: list[BaseException | None] = []  # one entry when there are no more: what was raised, or None
+
+        def put(item: Item) -> None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or len(made) < size)
+                self._check()
+                made.append(item)
+                self._changed.notify_all()
+
+        def work() -> None:
+            error: BaseException | None = None
+            iterator = iter(())
+            try:
+                iterator = iter(items)
+                for item in iterator:
+                    put(item)
+            except _Stopped:
+                pass
+            except BaseException as raised:  # carried to the thread that takes the items
+                error = raised
+            try:
+                if (close := getattr(iterator, "close", None)) is not None:
+                    close()
+            except _Stopped:
+                pass
+            except BaseException as raised:
+                error = error or raised
+            with self._changed:
+                ended.append(error)
+                self._changed.notify_all()
+
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        if wait:
+            self._threads.append(thread)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or made or ended)
+                self._check()
+                if not made:
+                    if ended[0] is not None:
+                        raise ended[0]
+                    return
+                item = made.popleft()
+                self._changed.notify_all()
+            yield item
+
+    def _check(self) -> None:
+        if self._stopped:
+            raise _Stopped
+
+
+class _Stopped(BaseException):
+    """The pipeline ends: raised in its threads, wherever they wait."""
