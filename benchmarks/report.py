@@ -23,7 +23,7 @@ README_END = "<!-- end of performance -->"
 SAME_WORK = ("mode", "io", "resolution", "steps", "window", "chunk", "frames", "guidance", "threads")  # of a config
 STYLE = f"""{svg.STYLE}
 .noisy {{ color: #b35900; font-weight: 600; }} code {{ font-size: .9em; }} td, th small {{ white-space: nowrap; }}
-td.text {{ white-space: normal; }} tr.main small {{ font-weight: 400; }}
+td.text, td:first-child, td small {{ white-space: normal; }} tr.main small {{ font-weight: 400; }}
 .figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 0 2rem; }}"""
 
 

@@ -80,3 +80,18 @@ def test_shipped_weights_are_small_and_described():
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8").lower()
     for topic in ("data", "recipe", "seed", "hardware", "metrics", "limits", "rendered"):
         assert topic in card, topic
+
+
+def test_stages_of_a_chunk_sum_to_its_time(demo_bundle):
+    """Serial: the named stages explain 98 % of a chunk's wall time and never more than all of it, `other` left out."""
+    from factorportrait.benchmarks.cases import Case, resolve
+    from factorportrait.benchmarks.peers.loop import LoopSubject
+    from factorportrait.benchmarks.schema import OTHER
+
+    case = resolve(Case("demo", bundle="demo", mode="stream", steps=2, frames=45, threads=1), demo_bundle.config)
+    chunks = LoopSubject(case, OpenBundle(demo_bundle, OrtEngine(demo_bundle, threads=1))).repeat(case.frames).chunks
+    shares = [1 - chunk.stage_ms[OTHER] / chunk.wall_ms for chunk in chunks if chunk.steady]
+    sums = [sum(chunk.stage_ms.values()) / chunk.wall_ms for chunk in chunks]
+    assert len(shares) >= 2 and sums == pytest.approx([1] * len(chunks), abs=0.02), "stages overlap"
+    # Another process may take the processor between two stages of one chunk, hardly of all.
+    assert max(shares) >= 0.98
