@@ -15,7 +15,8 @@ from factorportrait.command import run_command
 from factorportrait.errors import UserError
 from factorportrait.runtime.cache import KINDS
 from factorportrait.runtime.embedding import KINDS as EMBEDDINGS
-from factorportrait.runtime.loop import HOISTS
+from factorportrait.runtime.loop import COMMITS, HOISTS
+from factorportrait.runtime.pipeline import OVERLAPS, default_threads
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, demo_bundle_is_current, shipped_inputs
 
 
@@ -71,7 +72,21 @@ def parser() -> argparse.ArgumentParser:
     generation.add_argument("--seed", type=int, default=0)
     generation.add_argument("--chunk", type=int, help="latent frames generated together (stream)")
     generation.add_argument("--window", type=int, help="latent frames that a chunk sees, itself included (stream)")
+    cheaper = parser.add_argument_group("approximations", "faster, other pictures; off by default")
+    cheaper.add_argument("--commit", choices=COMMITS, default=COMMITS[0], help="what later chunks see (default clean)")
+    cheaper.add_argument(
+        "--step-cache", type=float, default=0.0, metavar="X",
+        help="skip steps until the time embedding has changed by this share, such as 0.2 (default 0: none)",
+    )  # fmt: skip
+    cheaper.add_argument("--guidance-steps", type=int, metavar="N", help="guidance in the first N steps only (default: all)")
     machine = parser.add_argument_group("machine")
+    aim = machine.add_mutually_exclusive_group()
+    aim.add_argument(
+        "--latency", action="store_true",
+        help="first picture soonest: a first chunk of one latent frame, and every core for one stage after the other",
+    )  # fmt: skip
+    aim.add_argument("--throughput", action="store_true", help="most pictures per second: stages at the same time (the default)")
+    machine.add_argument("--overlap", choices=("auto", *OVERLAPS), help="what runs at once (default auto; with --latency none)")
     machine.add_argument(
         "--engine", default="auto", metavar="NAME",
         help="auto (default), tensorrt, onnxruntime-cuda, onnxruntime-cpu or torch; fp-run doctor tells which run here",
@@ -89,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--checkpoint", type=Path, help="the bundle's checkpoint, for --engine torch (default: the demo's)")
     machine.add_argument("--device", help="of --engine torch, such as cpu or cuda:0 (default: the GPU if there is one)")
     machine.add_argument("--plans", type=Path, metavar="DIR", help="folder of TensorRT plans (default: in the user's cache)")
-    machine.add_argument("--threads", type=int, help="of one operator (default: every core)")
+    machine.add_argument("--threads", type=int, help="of one operator (default: every core; half of them where stages overlap)")
     machine.add_argument(
         "--no-spin", action="store_true", help="CPU threads sleep while they wait: faster where other programs want the cores"
     )
@@ -111,6 +126,8 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="fp-run: %(message)s")
     check_numbers(arguments)
+    if arguments.overlap is None:
+        arguments.overlap = "none" if arguments.latency else "auto"
     bundle_path = arguments.bundle or demo_bundle()
     from factorportrait.bundle import Bundle
     from factorportrait.runtime.inputs import open_inputs
@@ -125,9 +142,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = bundle.config
     options = SessionOptions(
         arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window, arguments.cache,
-        arguments.embedding, arguments.hoist,
+        arguments.embedding, arguments.hoist, arguments.commit, arguments.step_cache, arguments.guidance_steps, arguments.overlap,
+        arguments.latency,
     )  # fmt: skip
     options.resolve(config)
+    threads = arguments.threads or default_threads(arguments.overlap)
     portrait = load_portrait(
         arguments.portrait or shipped_inputs() / "portrait.png", config.height, config.width, arguments.fit
     )
@@ -144,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
     for note in driving.notes:
         print(f"fp-run: {note}")
     opened = open_bundle(
-        bundle_path, engine=arguments.engine, threads=arguments.threads, eager=arguments.eager,
+        bundle_path, engine=arguments.engine, threads=threads, eager=arguments.eager,
         spin=not arguments.no_spin, verify=not arguments.no_verify,
         checkpoint=arguments.checkpoint, device=arguments.device, plans=arguments.plans,
         notice=lambda line: print(f"fp-run: {line}", file=sys.stderr),
@@ -152,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     session = opened.session(options)
     print(
         f"fp-run: engine {opened.engine.name} ({opened.engine_reason}), cache {session.cache} ({session.cache_reason}), "
-        f"embedding {session.embedding} ({session.embedding_reason})"
+        f"embedding {session.embedding} ({session.embedding_reason}), overlap {session.overlap} ({session.overlap_reason})"
     )
     if driving.num_frames is not None:
         session.check_length(driving.num_frames)
@@ -261,6 +280,8 @@ def figures(session, opened, writer, driving, wall_s: float) -> dict:
         "kv_cache": session.cache,
         "kv_cache_reason": session.cache_reason,
         "kv_cache_bytes": session.cache_bytes,
+        "overlap": session.overlap,
+        "overlap_reason": session.overlap_reason,
         "embedding": session.embedding,
         "embedding_reason": session.embedding_reason,
         "peak_memory_bytes": peak_memory_bytes(),

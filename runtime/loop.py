@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ from factorportrait.runtime.timing import Timings
 # What is computed once instead of in every pass of a chunk: condition tokens and expression modulation once per chunk, time
 # embeddings once per schedule, the reference's keys and values once per portrait, the code of a picture once while it stays.
 HOISTS = ("conditions", "modulation", "time", "reference", "features")
+# Whose keys and values later chunks see. clean: those of a pass of its own over the finished frames. last-step: those of the last
+# denoising step, whose frames still held noise; one pass less.
+COMMITS = ("clean", "last-step")
 
 
 @dataclass
@@ -74,6 +77,8 @@ class Denoiser:
     Args:
         in_place: update the cache in the graph (`dit_inplace`); else `dit` is given the past. See `choose_cache`.
         hoist: of `HOISTS`, what leaves the loop; the results are the same.
+        commit: of `COMMITS`.
+        evaluated: per step, is the transformer run? Else the velocity of the step before is taken again (`kept_steps`).
     """
 
     def __init__(
@@ -89,9 +94,13 @@ class Denoiser:
         timings: Timings,
         in_place: bool = False,
         hoist: Collection[str] = HOISTS,
+        commit: str = COMMITS[0],
+        evaluated: Sequence[bool] | None = None,
     ):
         self.engine, self.schedule, self.guidance, self.noise = engine, schedule, guidance, noise
         self.mode, self.window_frames, self.timings, self._hoist = mode, window_frames, timings, hoist
+        self._clean_commit = commit == "clean"
+        self._evaluated = [True] * schedule.num_steps if evaluated is None else list(evaluated)
         self.dit, self.time_embed = engine.load("dit_inplace" if in_place else "dit"), engine.load("time_embed")
         if in_place:
             self.cache = InPlaceCache(engine, self.dit, guidance.num_sets, window_frames)
@@ -127,10 +136,15 @@ class Denoiser:
         used = self._place(slots, chunk)
         for step in range(self.schedule.num_steps):
             with self.timings("step"):
-                self._repeat(slots, chunk, step)
-                self._predict(slots, step, used)
+                if self._evaluated[step]:
+                    self._repeat(slots, chunk, step)
+                    self._predict(slots, step, used, chunk.first_frame)
+                else:
+                    now, before = (slots.history[each % len(slots.history)] for each in (step, step - 1))
+                    if now is not before:
+                        np.copyto(now, before)
                 self._step(slots, step, chunk.first_frame)
-        if self.mode == "stream":
+        if self.mode == "stream" and self._clean_commit:
             with self.timings("commit"):
                 self._repeat(slots, chunk, self.schedule.num_steps)
                 self._commit(slots, chunk, used)
@@ -163,15 +177,21 @@ class Denoiser:
         slots.positions.send()
         return self.cache.place(first, num_slots)
 
-    def _predict(self, slots: _Slots, step: int, used: int) -> None:
+    def _predict(self, slots: _Slots, step: int, used: int, first_frame: int) -> None:
         """Guided velocity of the frames into the history: the weighted sum over the condition sets."""
         guided = slots.history[step % len(slots.history)]
+        # The last step's keys and values are kept of every set, also where its velocity does not count.
+        keep = self.mode == "stream" and not self._clean_commit and step == self.schedule.num_steps - 1
         slots.x.send()
         started = False
         for i, weight in enumerate(self.guidance.weights[step]):
-            if weight == 0:
+            if weight == 0 and not keep:
                 continue
             self._evaluate(slots, i, step, used)
+            if keep:
+                self.cache.commit(i, first_frame, len(slots.positions.array))
+            if weight == 0:
+                continue
             slots.velocity.fetch()
             np.multiply(slots.frames_velocity, np.float32(weight), out=slots.scratch if started else guided)
             if started:

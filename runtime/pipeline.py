@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -29,13 +30,29 @@ def choose_overlap(kind: str, engine: Engine) -> tuple[str, str]:
     if kind not in ("auto", *OVERLAPS):
         raise UserError("--overlap", expected=f"auto, {', '.join(OVERLAPS)}", found=kind, action="leave it out to have it chosen")
     if engine.device == "cpu":
-        return ("stages", "one thread each for encoder, denoiser and decoder") if kind == "auto" else (kind, "asked for")
+        if kind != "auto":
+            return kind, "asked for"
+        return ("stages", "encoder, denoiser and decoder in turns leave cores idle") if num_cores() > 1 else ("none", "one core")
     if kind == "stages":
         raise UserError(
             "--overlap stages", expected="an engine on the CPU", found=f"stages that share {engine.device} and one stream",
             action="use --overlap media",
         )  # fmt: skip
     return ("media", f"stages take turns on {engine.device}, files do not") if kind == "auto" else (kind, "asked for")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads(overlap: str) -> int | None:
+    """Threads of an operator on the CPU: None, every core, for stages that take turns; half of the cores for those that do not.
+
+    Measured on two cores: two threads per operator are 1.7 times as fast as one; three stages of one thread each are faster still,
+    and three of two threads each, slower, get in each other's way.
+    """
+    return max(1, num_cores() // 2) if overlap in ("auto", "stages") else None
 
 
 class Pipeline:

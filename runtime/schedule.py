@@ -81,6 +81,28 @@ _SOLVERS = {
 }
 
 
+def kept_steps(embeddings: np.ndarray, threshold: float) -> list[bool]:
+    """In which steps the transformer is run when a step may take the velocity of the one before: step caching.
+
+    After TeaCache (Liu et al. 2024, arXiv 2411.19108): while the modulation of the network changes little, so does its output. The
+    relative L1 changes of the time embedding are summed since the last run, and a step whose sum stays below the threshold is
+    skipped. They are known before the stream begins, so which steps run does not depend on data. The first and the last step do.
+
+    Args:
+        embeddings: [steps, ...], what the time embedding modulates the blocks with.
+        threshold: 0 skips nothing.
+    """
+    kept, changed = [], 0.0
+    for step, now in enumerate(embeddings):
+        before = embeddings[step - 1]
+        changed += float(np.abs(now - before).mean() / np.abs(before).mean()) if step else 0.0
+        run = step in (0, len(embeddings) - 1) or changed >= threshold
+        kept.append(run)
+        if run:
+            changed = 0.0
+    return kept
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Which conditions are dropped in each set, and how the sets' outputs are weighted in each step.
@@ -113,6 +135,18 @@ def constant_guidance(scales: dict[str, float], num_steps: int) -> Guidance:
         weights[0] += scale - 1.0
     used = [i for i, weight in enumerate(weights) if weight]
     return Guidance(tuple(dropped[i] for i in used), np.tile(np.array(weights)[used], (num_steps, 1)))
+
+
+def limit_guidance(guidance: Guidance, num_guided: int) -> Guidance:
+    """The same in the first `num_guided` steps; in those after, all conditions and no guidance (Kynkäänniemi et al. 2024)."""
+    if num_guided >= len(guidance.weights):
+        return guidance
+    dropped, weights = guidance.dropped, guidance.weights
+    if frozenset() not in dropped:
+        dropped, weights = (frozenset(), *dropped), np.pad(weights, ((0, 0), (1, 0)))
+    weights = weights.copy()
+    weights[num_guided:] = [float(not drops) for drops in dropped]
+    return Guidance(dropped, weights)
 
 
 def parse_guidance(text: str, num_steps: int) -> Guidance:

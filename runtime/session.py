@@ -10,16 +10,23 @@ from pathlib import Path
 import numpy as np
 
 from factorportrait.bundle import NEUTRAL_CODE, Bundle
-from factorportrait.engines.base import Engine
+from factorportrait.engines.base import Engine, run_once
 from factorportrait.engines.choose import open_engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.cache import choose_cache
 from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
 from factorportrait.runtime.embedding import choose_embedding
-from factorportrait.runtime.loop import HOISTS, Denoiser
+from factorportrait.runtime.loop import COMMITS, HOISTS, Denoiser
 from factorportrait.runtime.pipeline import Pipeline, choose_overlap
-from factorportrait.runtime.schedule import NoiseSource, flow_schedule, parse_guidance
+from factorportrait.runtime.schedule import (
+    NoiseSource,
+    Schedule,
+    flow_schedule,
+    kept_steps,
+    limit_guidance,
+    parse_guidance,
+)
 from factorportrait.runtime.timing import Timings
 from factorportrait.runtime.vae import StreamingVAE, to_pictures
 
@@ -51,6 +58,9 @@ class SessionOptions:
         embedding: "auto", "fused" or "graph", see `factorportrait.runtime.embedding.choose_embedding`.
         hoist: "all", "none", or some of `factorportrait.runtime.loop.HOISTS` with commas between them: what leaves the loop. The
             pictures are the same; less is slower, and shows what each brings.
+        commit: whose keys and values later chunks see, see `factorportrait.runtime.loop.COMMITS` (stream mode).
+        step_cache: threshold of `factorportrait.runtime.schedule.kept_steps`; 0 runs the transformer in every step.
+        guidance_steps: guidance in the first so many steps only; None in all. With these three the pictures are others.
         overlap: "auto", "none", "media" or "stages", see `factorportrait.runtime.pipeline.OVERLAPS`: what `frames` and `chunks` do
             at the same time. The pictures are the same.
         quick_start: the first chunk is one latent frame and the second one shorter, so that the first picture comes early. A
@@ -66,6 +76,9 @@ class SessionOptions:
     cache: str = "auto"
     embedding: str = "auto"
     hoist: str = "all"
+    commit: str = COMMITS[0]
+    step_cache: float = 0.0
+    guidance_steps: int | None = None
     overlap: str = "none"
     quick_start: bool = False
 
@@ -95,6 +108,12 @@ class SessionOptions:
             )
         steps = generation.denoising_steps if self.steps is None else self.steps
         parse_hoist(self.hoist)
+        if self.commit not in COMMITS:
+            raise UserError("--commit", expected=" or ".join(COMMITS), found=self.commit, action="clean is what was trained")
+        if not 0 <= self.step_cache < float("inf"):
+            raise UserError("--step-cache", expected="0 or more", found=str(self.step_cache), action="0 switches it off")
+        if self.guidance_steps is not None and self.guidance_steps < 0:
+            raise UserError("--guidance-steps", expected="0 or more", found=str(self.guidance_steps), action="leave it out for all")
         return replace(self, mode=mode, steps=steps, chunk_frames=chunk, window_frames=window)
 
 
@@ -109,6 +128,13 @@ def parse_hoist(text: str) -> tuple[str, ...]:
         expected = f"all, none, or some of {', '.join(HOISTS)}"
         raise UserError("--hoist", expected=expected, found=text, action="leave it out: all is fastest")
     return names
+
+
+def embedded_steps(engine: Engine, schedule: Schedule) -> np.ndarray:
+    """[steps, 6*D] what the schedule's timesteps add to the modulation of every block."""
+    timesteps = np.asarray(schedule.timesteps, np.float32)
+    embedded = [run_once(engine, "time_embed", {"timesteps": timestep[None, None]}) for timestep in timesteps]
+    return np.stack([each["timestep_proj"].ravel() for each in embedded])
 
 
 def open_bundle(
@@ -202,6 +228,8 @@ class Session:
         self.timings = Timings()
         engine, stages = opened.engine, opened.bundle.manifest.target_stages(opened.engine.target)
         guidance = parse_guidance(options.guidance, options.steps)
+        if options.guidance_steps is not None:
+            guidance = limit_guidance(guidance, options.guidance_steps)
         generation = self.config.generation
         schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
         noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))
@@ -215,7 +243,8 @@ class Session:
         self._denoiser = Denoiser(
             engine, schedule, guidance, noise, mode=options.mode, chunk_frames=options.chunk_frames,
             window_frames=options.window_frames, timings=self.timings, in_place=in_place,
-            hoist=hoist,
+            hoist=hoist, commit=options.commit,
+            evaluated=kept_steps(embedded_steps(engine, schedule), options.step_cache) if options.step_cache else None,
         )  # fmt: skip
         self._encoder = GroupEncoder(self.config, engine, self.timings, reuse="features" in hoist)
         fused, self.embedding_reason = choose_embedding(options.embedding, config=self.config, arrays=constants, engine=engine)
