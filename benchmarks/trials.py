@@ -1,9 +1,13 @@
-"""Does `fp-bench compare` keep its promise on this machine? python -m factorportrait.benchmarks.trials
+"""Does `fp-bench compare` keep its promise on this machine?
+
+    python -m factorportrait.benchmarks.trials --output benchmarks/results/compare_trials.json
+
+Twenty trials of about a quarter of a minute on two cores: six minutes, no trial is begun after ten (`--seconds`).
 
 Every trial measures three rows of one small case in turns: a base, an identical head, and a head in which one stage was made
 slower by a planted share. The plant waits, busily and inside the stage, for that share of the time that it has just taken.
 `compare` then judges base against both heads with its usual thresholds. The record keeps every verdict; a record with fewer
-trials than asked for is continued.
+trials than asked for is continued by the same command; one of other settings has to be removed first.
 """
 
 from __future__ import annotations
