@@ -40,7 +40,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Point:
-    """One way of running a bundle. ms: per frame, median of the steady chunks; best: no other point is faster and better."""
+    """One way of running a bundle.
+
+    Attributes:
+        ms: per frame, median of the steady chunks; low, high: its interval.
+        noisy: the machine was disturbed while the row ran.
+        best: no other point is faster and better.
+    """
 
     name: str
     way: Way
@@ -48,16 +54,20 @@ class Point:
     quality: float
     machine: str
     threads: int
+    low: float
+    high: float
+    noisy: bool = False
     best: bool = False
 
 
 @dataclass(frozen=True)
 class Pareto:
-    """metric: of `LARGER_IS_BETTER`; alone: what has no partner, and why."""
+    """metric: of `LARGER_IS_BETTER`; alone: what has no partner, and why; clips: settings of what was judged."""
 
     metric: str
     points: tuple[Point, ...]
     alone: tuple[str, ...]
+    clips: dict[str, Any]
 
 
 def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str) -> Pareto:
@@ -112,6 +122,9 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
                     judged[way],
                     report.machine.cpu,
                     int(result.config["threads"]),
+                    result.latency.per_frame.low,
+                    result.latency.per_frame.high,
+                    result.noise.noisy,
                 )
             )
     alone += [f"quality of {describe(way)}: no latency report" for way in judged if way not in used]
@@ -120,7 +133,7 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
             "fp-bench pareto", expected="a latency report and a quality report of one bundle, mode, steps and window",
             found=alone[0] if alone else "none", action="run fp-bench run and fp-bench quality on the same bundle",
         )  # fmt: skip
-    return Pareto(metric, tuple(mark_best(points, LARGER_IS_BETTER[metric])), tuple(alone))
+    return Pareto(metric, tuple(mark_best(points, LARGER_IS_BETTER[metric])), tuple(alone), clips)
 
 
 def read_quality(path: Path, metric: str) -> tuple[dict[Way, float], str, dict[str, Any]]:
@@ -190,18 +203,26 @@ def pareto_text(pareto: Pareto) -> str:
         f"{describe(point.way)}"
         for point in pareto.points
     ]
-    lines += ["* no other is both faster and better", *(f"left out: {reason}" for reason in pareto.alone)]
+    lines += ["* no other is both faster and better", what_to_doubt(pareto), *(f"left out: {reason}" for reason in pareto.alone)]
     return "\n".join(lines) + "\n"
+
+
+def what_to_doubt(pareto: Pareto) -> str:
+    """How much was judged, and how quiet the machine was."""
+    clips, noisy = pareto.clips, sum(point.noisy for point in pareto.points)
+    text = f"Judged on {clips.get('identities')} clips of {clips.get('frames')} frames."
+    return text + (f" Noisy: the machine was disturbed in {noisy} of {len(pareto.points)} rows." if noisy else "")
 
 
 def pareto_page(pareto: Pareto) -> str:
     """One page that works offline."""
     heading, unit, digits, what = quality.METRICS[pareto.metric]
     label = f"{heading}, {unit}" if unit else heading
+    highs = [point.high for point in pareto.points]
     times, values = [point.ms for point in pareto.points], [point.quality for point in pareto.points]
     margin = 0.1 * (max(values) - min(values)) or abs(values[0]) * 0.1 or 1.0
     log = max(times) > 8 * min(times)
-    x = (min(times) / 1.3, max(times) * 1.3) if log else (0.0, max(times) * 1.1)
+    x = (min(times) / 1.3, max(highs) * 1.3) if log else (0.0, max(highs) * 1.1)
     plot = svg.Plot(x, (min(values) - margin, max(values) + margin), width=920, height=420, log_x=log)
     plot.axes("milliseconds per frame, median" + (" (logarithmic)" if log else ""), label)
     best = [point for point in pareto.points if point.best]
@@ -216,6 +237,7 @@ def pareto_page(pareto: Pareto) -> str:
         title = (
             f"{point.name}: {describe(point.way)}, {significant(point.ms)} ms, {number(point.quality, digits)} {unit}"
         )
+        plot.line([(max(point.low, x[0]), point.quality), (point.high, point.quality)], css)
         plot.point(point.ms, point.quality, css, title, radius=5, hollow=not point.best)
         label = f"{point.way.steps} step{'' if point.way.steps == 1 else 's'}, w{point.way.window}"
         # Below the line, and inside the frame.
@@ -230,7 +252,8 @@ def pareto_page(pareto: Pareto) -> str:
     left = "".join(f"<li>{escape(reason)}</li>" for reason in pareto.alone)
     body = (
         f"<h1>Quality beside speed</h1><p>{escape(heading)}: {escape(what)}, mean over the test clips. Filled points and bold "
-        f"rows: no other is both faster and better. Machine: {escape(pareto.points[0].machine)}.</p>"
+        f"rows: no other is both faster and better; bars: interval of the median. Machine: {escape(pareto.points[0].machine)}.</p>"
+        f'<p class="note">{escape(what_to_doubt(pareto))}</p>'
         + plot.figure(f"{heading} over milliseconds per frame", "pareto", legend)
         + html_table(["Row", "way of running", "threads", "ms per frame", escape(heading)], rows)
         + (f"<h2>Left out</h2><ul>{left}</ul>" if left else "")

@@ -216,7 +216,7 @@ def way(steps, window=9):
 
 def test_mark_best():
     points = [
-        Point(str(i), way(1), ms, q, "cpu", 2)
+        Point(str(i), way(1), ms, q, "cpu", 2, ms, ms)
         for i, (ms, q) in enumerate([(10, 20.0), (20, 19.0), (30, 21.0), (10, 18.0)])
     ]
     assert [point.name for point in mark_best(points, True) if point.best] == ["0", "2"]
@@ -266,6 +266,7 @@ def test_pareto_matches_what_ran_in_the_same_way(both, capsys):
     assert [line[0] for line in out.splitlines()[1:4]] == ["*", "*", " "]
     assert "narrow/onnxruntime-cpu" in out.splitlines()[3] and "torch-bf16" not in out
     assert "two/onnxruntime-cpu: no quality report of fp32, stream, 2 steps" in out
+    assert "Judged on 1 clips" in out and "Noisy" not in out
     text = page.read_text()
     assert text.count("<circle") == 3 and '<figure class="pareto">' in text and "<script" not in text
 
