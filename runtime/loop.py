@@ -108,6 +108,7 @@ class Denoiser:
             clip = mode == "clip"
             self.cache = ConcatCache(engine, self.dit, guidance.num_sets, chunk_frames, window_frames, clip=clip)
         self._slots: dict[int, _Slots] = {}
+        self._reference: _Slots | None = None  # where it is computed anew for every chunk
 
     @property
     def cache_bytes(self) -> int:
@@ -121,6 +122,12 @@ class Denoiser:
     def set_reference(self, tokens: list[Buffer], modulation: list[Buffer]) -> None:
         """Compute the sink once per portrait: one slot at timestep 0 that attends only to itself. Per set [1,1,...]."""
         slots = self._slots_of(1)
+        if "reference" not in self._hoist:
+            # Kept apart: a chunk of one latent frame has the same buffers.
+            slots = self._reference = self._reference or _Slots(self, 1)
+        self._commit_reference(slots, tokens, modulation)
+
+    def _commit_reference(self, slots: _Slots, tokens: list[Buffer], modulation: list[Buffer]) -> None:
         slots.x.array[...] = 0
         chunk = ChunkConditions(None, tokens, modulation)
         self._commit(slots, chunk, self._place(slots, chunk))
@@ -131,7 +138,9 @@ class Denoiser:
         slots = self._slots_of(num_slots)
         if "reference" not in self._hoist and self.mode == "stream":
             with self.timings("reference"):
-                self.set_reference(*self.condition_buffers(1))
+                kept = self._reference.conditions
+                names = "condition_tokens", "expression_modulation"
+                self._commit_reference(self._reference, *([each[name] for each in kept] for name in names))
         self.noise.draw(chunk.first_frame, slots.frames.shape[2], 0, slots.frames)
         used = self._place(slots, chunk)
         for step in range(self.schedule.num_steps):
