@@ -49,7 +49,14 @@ OFFERED = {
 }  # fmt: skip
 # TensorRT's graphs of the transformer are exported apart, which nobody in a hurry for fp32 waits for.
 DEFAULT_TARGETS = {"fp32": ("cpu", "cuda")}
+# Why a target is not among them.
+REASONS = {
+    ("int8", "cuda"): "ONNX Runtime computes quantised products in float on CUDA: take fp16 or int8-weights there",
+    ("fp8", "cpu"): "no CPU has fp8 products",
+    ("fp8", "cuda"): "ONNX Runtime has no fp8 kernels for CUDA: take fp16 there",
+}
 NOTES = {
+    ("int8", "tensorrt"): "compiles; how fast it is on hardware has not been measured, and the videos were judged on the CPU",
     ("fp16", "cpu"): "half the size and no faster: ONNX Runtime's CPU kernels compute most operators in fp32",
     ("int8-weights", "cuda"): "smaller files; ONNX Runtime unpacks the weights to fp16, so it is no faster than fp16",
     ("fp8", "tensorrt"): "compiles, and its numbers are simulated on a CPU; it has not run on hardware (SM 8.9 or newer)",
@@ -273,9 +280,10 @@ def check_precision(precision: str, targets: tuple[str, ...] | None = None) -> t
         return possible
     for target in targets or ():
         if target not in possible:
+            reason = REASONS.get((precision, target))
             raise UserError(
                 f"--target with --precision {precision}", expected=f"some of {', '.join(possible)}", found=target or "nothing",
-                action="name targets with commas between them, or all",
+                action=reason or "name targets with commas between them, or all",
             )  # fmt: skip
     return tuple(target for target in TARGETS if target in (targets or DEFAULT_TARGETS.get(precision, possible)))
 

@@ -82,6 +82,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 def _export(options: argparse.Namespace) -> int:
     targets = build.check_precision(options.precision, None if options.target is None else tuple(options.target.split(",")))
+    quantize_cli.check_options(options)
     checkpoint = options.checkpoint or shipped_checkpoint()
     output = options.output or _default_output(options.checkpoint, options.precision)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -117,7 +118,8 @@ def _export(options: argparse.Namespace) -> int:
     wants_plans = options.target is not None and "tensorrt" in targets
     plans, elsewhere = plan_cli.plans_after_export(report.path) if wants_plans else (None, "")
     if options.json:
-        quality = {} if outcome is None else quantize_cli.to_dict(outcome)
+        gate = Bundle(report.path).manifest.provenance.get("gate")
+        quality = {"gate": gate} if outcome is None else quantize_cli.to_dict(outcome)
         print(json.dumps(report.to_dict() | {"plans": plans} | quality))
         return 0
     console = Console()
@@ -125,6 +127,8 @@ def _export(options: argparse.Namespace) -> int:
         console.print(f"{report.path}: up to date, nothing done (--force exports again)", soft_wrap=True, markup=False)
     else:
         _print_export(console, report)
+        if outcome is None and (line := quantize_cli.gate_line(Bundle(report.path))):
+            console.print(line, soft_wrap=True, markup=False)
         if outcome is not None:
             quantize_cli.print_outcome(console, outcome)
     if plans is not None:
@@ -156,14 +160,17 @@ def _default_output(checkpoint: Path | None, precision: str) -> Path:
 
 
 def _check_table(checks: Mapping[str, Mapping[str, float]], refused: tuple[str, ...] = ()) -> Table:
-    table = Table(title="ONNX Runtime against torch in fp32, largest errors", title_justify="left")
-    table.add_column("graph")
+    # Without a frame, so that names of graphs are whole in eighty columns.
+    title = "ONNX Runtime against the float model, largest errors"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("graph", no_wrap=True)
     has_half = any("headroom" in check for check in checks.values())
-    columns = ["inputs tried", "absolute", "relative", "1 - cosine", *(["room in fp16"] if has_half else [])]
+    columns = ["inputs", "absolute", "relative", "1-cos", *(["fp16 room"] if has_half else [])]
     for column in columns + (["verdict"] if refused else []):
         table.add_column(column, justify="right")
     for name, check in checks.items():
-        cells = [f"{check['num_cases']:.0f}", *(f"{check[key]:.1e}" for key in ("max_abs", "max_relative", "angle"))]
+        figures = (f"{check[key]:.1e}" for key in ("max_abs", "max_relative", "angle"))
+        cells = [f"{check['num_cases']:.0f}", *(figures if check["num_cases"] else ["not run"] * 3)]
         if has_half:
             cells.append(f"{check['headroom']:.3g}x" if "headroom" in check else "")
         if refused:
@@ -194,6 +201,7 @@ def _inspect(options: argparse.Namespace) -> int:
         + ("match" if options.verify else "not read (--verify does)"),
         _target_sizes(sizes),
         *build.precision_notes(manifest.precision, manifest.targets),
+        *filter(None, [quantize_cli.gate_line(bundle)]),
         "made with " + ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("versions", {}).items()),
     ]
     for line in lines:
@@ -205,7 +213,7 @@ def _inspect(options: argparse.Namespace) -> int:
     table.add_column("relative error", justify="right")
     own = ((target, stage) for target, stages in manifest.variants.items() for stage in stages.values())
     for target, stage in (*((None, stage) for stage in manifest.stages.values()), *own):
-        error = f"{stage.check['max_relative']:.1e}" if "max_relative" in stage.check else "?"
+        error = f"{stage.check['max_relative']:.1e}" if stage.check.get("num_cases") else "?"
         sides = (escape(_tensors(side)) for side in (stage.inputs, stage.outputs)) if target is None else ("as above", "")
         name = stage.name if target is None else f"{stage.name} for {target}"
         table.add_row(name, *sides, _megabytes(manifest.bytes_of(stage)), error)

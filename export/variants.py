@@ -81,11 +81,12 @@ def _fp16(stage: Stage, targets: tuple[str, ...], context: Context) -> list[Vari
 
 def _int8_weights(stage: Stage, targets: tuple[str, ...], context: Context) -> list[Variant]:
     """ONNX Runtime fuses eight-bit weights with fp32 activations on a CPU; GPUs compute in fp16."""
-    found = []
+    found, whole = [], None
     for half in (False, True):
         own = tuple(target for target in targets if (target != "cpu") == half)
         for variant in float_variants(stage, own, context, half=half) if own else []:
-            graph = quantize_weights(stage.name, variant.graph, context.model.config.dit.num_layers, half=half)
+            whole = whole if half else variant.graph.clone()
+            graph = quantize_weights(stage.name, variant.graph, context.model.config.dit.num_layers, half=half, fp32=whole)
             found.append(dataclasses.replace(variant, graph=graph, half=None))
     return found
 

@@ -93,10 +93,16 @@ def run(options: argparse.Namespace) -> int:
     for engine in engines:
         console.print(_table(engine, [comparison for comparison in comparisons if comparison.engine == engine]))
     failed = [comparison for comparison in comparisons if not comparison.passed]
+    compared = {comparison.stage for comparison in comparisons}
+    left_out = [stage for stage in options.stage or bundle.manifest.stages if stage not in compared]
+    if left_out:
+        line = f"not compared, because the recorded runs do not use it: {', '.join(left_out)}"
+        console.print(line, soft_wrap=True, markup=False)
     if options.json:
         report = {
             "bundle": bundle.manifest.source_key, "precision": precision, "reference": reference.name,
-            "passed": not failed, "comparisons": [_finite(asdict(comparison)) for comparison in comparisons],
+            "passed": not failed, "not_compared": left_out,
+            "comparisons": [_finite(asdict(comparison)) for comparison in comparisons],
         }  # fmt: skip
         with whole_file(options.json) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -222,8 +228,10 @@ def present_engines(bundle: Bundle, reference: Engine) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    from factorportrait.engines.choose import NAMES, obstacle
+    from factorportrait.engines.choose import NAMES, choose, obstacle
 
+    if "cpu" not in bundle.manifest.targets:
+        choose(bundle)  # says what keeps each engine from running it
     same = reference.name if getattr(reference, "bundle", None) is bundle else None
     names = [name for name in NAMES if name not in (same, "torch") and obstacle(name, bundle) is None]
     if not names:
@@ -290,7 +298,9 @@ def _record(bundle: Bundle, reference: Engine) -> dict[str, list[dict[str, np.nd
             runs += [("stream", "inplace", _CLIP)]
     for mode, cache, expression in runs:
         frames = min(generation.max_clip_frames, 3) if mode == "clip" else whole_window + generation.chunk_frames
-        session = opened.session(mode=mode, cache=cache, steps=STEPS, seed=SEED, window_frames=whole_window)
+        session = opened.session(
+            mode=mode, cache=cache, steps=STEPS, seed=SEED, window_frames=whole_window, embedding="graph"
+        )  # fmt: skip
         session.set_reference(portrait)
         driving = open_inputs(
             bundle, inputs / _CLIP, expression_from=inputs / expression, num_frames=1 + FRAMES_PER_LATENT * (frames - 1)

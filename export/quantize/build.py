@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -19,18 +21,23 @@ from factorportrait.export.quantize.bundles import has_channels_last, int8_graph
 from factorportrait.export.quantize.clips import CALIBRATION_SPLIT, DrivenClip, demo_clips, longest_clip, media_clips
 from factorportrait.export.quantize.gate import GateFailed, GateResult, Judge, gate_clips, load_limits
 from factorportrait.export.quantize.insert import LayerRecipe
+from factorportrait.export.quantize.layout import TO_FIRST, TO_LAST
 from factorportrait.export.quantize.mix import choose_mix, ranked
-from factorportrait.export.quantize.recipe import FAMILIES, Recipe, make_recipe, observe
+from factorportrait.export.quantize.recipe import FAMILIES, Recipe, exact_weights, make_recipe, observe
 from factorportrait.export.quantize.samples import RECORD_AGAIN, RecordSettings, Samples, record_samples
-from factorportrait.export.quantize.sensitivity import PROBES, Cost, families_of, measure_costs
+from factorportrait.export.quantize.sensitivity import PROBES, REPORT, Cost, families_of, measure_costs, write_report
 from factorportrait.files import sha256_file, whole_file, whole_folder
 from factorportrait.shipped import cache_folder
+
+if TYPE_CHECKING:
+    from factorportrait.export.check import GraphCheck
+    from factorportrait.export.graphs import WeightFiles
 
 CALIBRATION_CLIPS = 4
 CALIBRATION_FRAMES = 29
 # A mix is chosen with the first of the calibration's clips; test clips are for the gate alone.
 CHOICE_CLIPS = 2
-GRAPH_SAMPLES = 2
+GRAPH_SAMPLES = 3
 
 Say = Callable[[str], None]
 
@@ -63,12 +70,27 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What calibration found, whatever the budget is.
+
+    Attributes:
+        recipe: of every layer, as layers.toml wants it.
+        costs: the sensitivity report.
+        alone: figures of the videos with one network quantised alone, by its name.
+    """
+
+    recipe: Recipe
+    costs: tuple[Cost, ...]
+    alone: Mapping[str, Mapping]
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a checkpoint is quantised, and why.
 
     Attributes:
-        recipe: of every layer.
-        costs: the sensitivity report; empty for a plan without one.
+        recipe: of every layer, those that the budget leaves in float among them.
+        costs: the sensitivity report.
         provenance: for the manifest.
     """
 
@@ -166,7 +188,7 @@ def make_plan(
     """Record samples, make a recipe, measure what its layers cost, and leave as many in float as the budget needs.
 
     Args:
-        cache: for samples and plans; a plan of the same bundle, clips and budget is read from there.
+        cache: for samples, what was measured with them (whatever the budget) and mixes, each kept by what it was made from.
         max_loss_db: instead of the one in gates.toml.
         say: told what is done.
 
@@ -178,44 +200,52 @@ def make_plan(
     samples = record_samples(
         fp32, clips, cache / "samples", settings, threads=threads, on_clip=lambda i, n: say(f"calibrate: clip {i} of {n}")
     )
-    key = hashlib.sha256(
-        json.dumps([fp32.manifest.source_key, samples.key, limits.min_psnr_db, limits.max_loss_db]).encode()
-    ).hexdigest()[:16]
-    kept = cache / "plans" / f"{key}.json"
-    if kept.is_file():
-        return _read_plan(kept)
-    graphs = {name: fp32.file(spec.file) for name, spec in fp32.manifest.target_stages("cpu").items()}
-    recorded = _recorded(samples, graphs)
-    say("calibrate: scales")
-    recipe = make_recipe(graphs, observe(graphs, recorded), fp32.config.dit.num_layers)
-    costs = measure_costs(graphs, recorded, recipe, on_group=lambda i, n: say(f"sensitivity: group {i} of {n}"))
+    key = _digest([fp32.manifest.source_key, samples.key])
+    measured_file, report = cache / "measured" / f"{key}.json", cache / "measured" / f"{key}.csv"
     judge = Judge(fp32, clips[:CHOICE_CLIPS], threads=threads)
     with tempfile.TemporaryDirectory() as folder:
 
         def evaluate(candidate: Recipe) -> GateResult:
             return judge.compare(write_trial(fp32, candidate, Path(folder) / "trial"), limits)
 
-        alone = {}
-        for family in families_of(recipe):
-            say(f"sensitivity: {family} alone")
-            others = [layer for layer in recipe.candidates if not layer.startswith(f"{family}/")]
-            alone[family] = evaluate(recipe.without(others))
-        errors = {family: 10 ** (-result.psnr_db / 10) for family, result in alone.items()}
-        mix = choose_mix(
-            recipe, ranked(costs, errors), evaluate,
-            lambda count, result: say(f"mix: {count} groups in float: {result.psnr_db:.1f} dB"),
-        )  # fmt: skip
-    if not mix.result.passed:
-        raise GateFailed(mix.result, "allow more with --max-quality-loss-db, or export fp16; these are the best figures of any mix")
-    provenance = {
-        "calibration": {"samples": samples.key, "clips": [clip.name for clip in clips]},
-        "alone": {family: _figures(result) for family, result in alone.items()},
-        "mix": {"left_in_float": list(mix.in_float), **_figures(mix.result)},
-    }
-    plan = Plan(mix.recipe, tuple(costs), provenance)
-    with whole_file(kept) as path:
-        path.write_text(json.dumps(_plan_to_dict(plan)), encoding="utf-8")
-    return plan
+        if not measured_file.is_file():
+            _write_json(measured_file, _measured_to_dict(_measure(fp32, samples, evaluate, say)))
+        measured = _read_measured(measured_file)
+        mixes = cache / "mixes" / f"{_digest([key, limits.min_psnr_db, limits.max_loss_db])}.json"
+        if not mixes.is_file():
+            with whole_file(report) as path:
+                write_report(path, measured.costs, measured.recipe)
+            errors = {family: 10 ** (-figures["psnr_db"] / 10) for family, figures in measured.alone.items()}
+            mix = choose_mix(
+                measured.recipe, ranked(measured.costs, errors), evaluate,
+                lambda count, result: say(f"mix: {count} groups in float: {result.psnr_db:.1f} dB"),
+            )  # fmt: skip
+            if not mix.result.passed:
+                raise GateFailed(
+                    mix.result,
+                    "allow more with --max-quality-loss-db, or export fp16; these are the best figures of any mix, and what each "
+                    f"group of layers costs is in {report}",
+                )
+            _write_json(mixes, {"left_in_float": list(mix.in_float), **_figures(mix.result)})
+    mix = json.loads(mixes.read_text(encoding="utf-8"))
+    left = [layer for cost in measured.costs if cost.group in mix["left_in_float"] for layer in cost.layers]
+    calibration = {"samples": samples.key, "clips": [clip.name for clip in clips]}
+    provenance = {"calibration": calibration, "alone": dict(measured.alone), "mix": mix}
+    return Plan(measured.recipe.without(left), measured.costs, provenance)
+
+
+def _measure(fp32: Bundle, samples: Samples, evaluate: Callable[[Recipe], GateResult], say: Say) -> Measured:
+    graphs = {name: fp32.file(spec.file) for name, spec in fp32.manifest.target_stages("cpu").items()}
+    recorded = _recorded(samples, graphs)
+    say("calibrate: scales")
+    recipe = make_recipe(graphs, observe(graphs, recorded), fp32.config.dit.num_layers)
+    costs = measure_costs(graphs, recorded, recipe, on_group=lambda i, n: say(f"sensitivity: group {i} of {n}"))
+    alone = {}
+    for family in families_of(recipe):
+        say(f"sensitivity: {family} alone")
+        others = [layer for layer in recipe.candidates if not layer.startswith(f"{family}/")]
+        alone[family] = _figures(evaluate(recipe.without(others)))
+    return Measured(recipe, tuple(costs), alone)
 
 
 def write_int8_bundle(
@@ -237,15 +267,23 @@ def write_int8_bundle(
 
     Raises:
         GateFailed: the bundle is worse than its precision may be; nothing is written.
-        UserError: a graph is far from fp32 on its own calibration samples.
+        GraphsRefused: a graph is far from fp32 on its own calibration samples, or overflows.
     """
+    from factorportrait.export.graphs import WeightFiles
+
     result = None
     with whole_folder(output) as folder:
-        stages = _write_stages(fp32, "cpu", plan.recipe, folder, samples)
-        variants = {} if fp16 is None else {"tensorrt": _write_stages(fp16, "tensorrt", plan.recipe, folder, samples)}
+        weights = {family: WeightFiles(folder, family) for family in {FAMILIES.get(name, name) for name in fp32.manifest.stages}}
+        checks: dict[str, GraphCheck] = {}
+        stages = _write_stages(fp32, fp32, "cpu", plan.recipe, weights, samples, checks)
+        variants = {}
+        if fp16 is not None:
+            variants["tensorrt"] = _write_stages(fp16, fp32, "tensorrt", plan.recipe, weights, samples, checks)
+        _refuse_bad(checks)
         for name in (CONSTANTS, HEAD):
             if name in fp32.manifest.files:
                 (folder / name).write_bytes(fp32.file(name).read_bytes())
+        write_report(folder / REPORT, plan.costs, plan.recipe)
         files = {path.name: FileEntry(sha256_file(path), path.stat().st_size) for path in sorted(folder.iterdir())}
         provenance = {**fp32.manifest.provenance, "quantization": dict(plan.provenance)}
 
@@ -266,64 +304,110 @@ def write_int8_bundle(
     return result
 
 
-def _write_stages(source: Bundle, target: str, recipe: Recipe, folder: Path, samples: Samples) -> dict[str, StageSpec]:
+def _write_stages(
+    source: Bundle,
+    fp32: Bundle,
+    target: str,
+    recipe: Recipe,
+    weights: Mapping[str, WeightFiles],
+    samples: Samples,
+    checks: dict[str, GraphCheck],
+) -> dict[str, StageSpec]:
+    """Quantise the graphs of a target, which the bundle `source` holds in its float type, and compare them with those.
+
+    Args:
+        checks: gets the errors of each graph, by the name of its file.
+    """
     # Late: graphs.py brings torch along.
-    from factorportrait.export.graphs import WeightFiles, tensor_specs, write_graph
+    from factorportrait.export.graphs import tensor_specs, write_graph
 
     found = {}
     suffix = "" if target == "cpu" else f".{target}"
-    specs = source.manifest.target_stages(target)
-    weights = {family: WeightFiles(folder, family + suffix) for family in {FAMILIES.get(name, name) for name in specs}}
-    for name, spec in specs.items():
-        model = int8_graph(name, ir.load(source.file(spec.file)), recipe, target)
-        file, *data = write_graph(model, folder, name + suffix, weights[FAMILIES.get(name, name)])
-        check = _check(folder / file, source.file(spec.file), samples, name, target)
+    for name, spec in source.manifest.target_stages(target).items():
+        model = ir.load(source.file(spec.file))
+        whole = None if source is fp32 else ir.load(fp32.file(fp32.stage(name, "cpu").file))
+        int8_graph(name, model, recipe, target, None if whole is None else exact_weights(name, model, whole))
         inputs, outputs = tensor_specs(model.graph.inputs), tensor_specs(model.graph.outputs)
-        found[name] = StageSpec(name, file, inputs, outputs, check, tuple(data))
+        family = weights[FAMILIES.get(name, name)]
+        file, *data = write_graph(model, family.folder, name + suffix, family)
+        check = _check(family.folder / file, source.file(spec.file), _cases(samples, spec), name, target)
+        checks[name + suffix] = check
+        found[name] = StageSpec(name, file, inputs, outputs, check.to_dict(), tuple(data))
     return found
 
 
-def _check(path: Path, reference: Path, samples: Samples, stage: str, target: str) -> dict[str, float]:
-    """An int8 graph against the graph that it was made of, on calibration samples: first output, as the manifest keeps it."""
+def _refuse_bad(checks: Mapping[str, GraphCheck]) -> None:
+    """Raises GraphsRefused unless all graphs are within the thresholds of int8."""
+    from factorportrait.export.build import GraphsRefused
+    from factorportrait.export.check import threshold
+
+    limit = threshold("int8")
+    objections = {name: objection for name, check in checks.items() if (objection := check.objection(limit))}
+    if objections:
+        name, (expected, found) = next(iter(objections.items()))
+        more = f" (and {len(objections) - 1} more graphs)" if len(objections) > 1 else ""
+        raise GraphsRefused(
+            f"stage {name} in int8 differs from the float graph{more}", expected=expected, found=found,
+            action="calibrate with clips like those that it will run, or export fp16",
+            checks={name: check.to_dict() for name, check in checks.items()}, refused=tuple(objections),
+        )  # fmt: skip
+
+
+def _cases(samples: Samples, spec: StageSpec) -> list[dict[str, np.ndarray]]:
+    """Some of a stage's samples, from all over the recording; none for a stage that the clips do not run."""
+    recorded = samples.of(spec.name)
+    if not recorded and spec.name == "arkit_encoder":
+        # Clips of pictures give no coefficients, which are numbers from 0 to 1. Nothing is calibrated with these.
+        drawn = np.random.default_rng(0).uniform(0, 1, (4, *spec.inputs[0].shape[1:])).astype(np.float32)
+        return [{spec.inputs[0].name: rows} for rows in (drawn[:1], drawn, np.zeros_like(drawn))]
+    places = np.linspace(0, len(recorded) - 1, min(len(recorded), GRAPH_SAMPLES)).round().astype(int)
+    return [recorded[at] for at in places]
+
+
+def _check(path: Path, reference: Path, cases: Sequence[Mapping[str, np.ndarray]], stage: str, target: str) -> GraphCheck:
+    """An int8 graph against the float graph that it was made of, all outputs, and the room that its fp16 tensors leave."""
     import onnxruntime
 
-    from factorportrait.export.check import GraphCheck, angle, relative_error, threshold
+    from factorportrait.export.activations import largest_activations
+    from factorportrait.export.check import GraphCheck, angle, relative_error
+    from factorportrait.export.precision import HALF_MAX
 
-    cases = samples.of(stage)[:GRAPH_SAMPLES]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    sessions = [onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in (path, reference)]
-    name = sessions[1].get_outputs()[0].name
-    max_abs = max_relative = max_angle = 0.0
-    count = 0
+    rounded, whole = (onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"]) for file in (path, reference))
+    moved = has_channels_last("int8", target, stage)
+    names = [value.name for value in whole.get_outputs()]
+    max_abs = worst = max_angle = 0.0
+    worst_output = names[0]
     for case in cases:
-        moved = has_channels_last("int8", target, stage)
-        feeds = [_fed(session, case, moved and session is sessions[0]) for session in sessions]
-        if None in feeds:
-            continue
-        found, expected = (session.run([name], feed)[0] for session, feed in zip(sessions, feeds, strict=True))
-        absolute, relative = relative_error(found, expected)
-        max_abs, max_relative = max(max_abs, absolute), max(max_relative, relative)
-        max_angle = max(max_angle, angle(found, expected))
-        count += 1
-    check = GraphCheck(max_abs, max_relative, name, count, max_angle)
-    if objection := check.objection(threshold("int8")):
-        raise UserError(
-            f"stage {stage} in int8 differs from fp32", expected=objection[0], found=objection[1],
-            action="calibrate with clips like those that it will run, or export fp16",
-        )  # fmt: skip
-    return check.to_dict()
+        found, expected = rounded.run(names, _fed(rounded, case, moved)), whole.run(names, _fed(whole, case, False))
+        for name, a, b in zip(names, found, expected, strict=True):
+            if moved and name.startswith("cache_out."):
+                a = a.transpose(TO_FIRST)
+            absolute, relative = relative_error(a, b)
+            max_abs = max(max_abs, absolute)
+            if relative >= worst:
+                worst, worst_output = relative, name
+            if np.isfinite(relative):
+                max_angle = max(max_angle, angle(a, b))
+    check = GraphCheck(max_abs, worst, worst_output, len(cases), max_angle)
+    sizes = largest_activations(path, [_fed(rounded, case, moved) for case in cases]) if target == "tensorrt" and cases else {}
+    if sizes:
+        # A NaN is the worst of all: it sorts nowhere.
+        hottest = max(sizes, key=lambda name: np.nan_to_num(sizes[name], nan=np.inf))
+        check = dataclasses.replace(check, headroom=HALF_MAX / sizes[hottest] if sizes[hottest] else None, hottest=hottest)
+    return check
 
 
-def _fed(session, case: Mapping[str, np.ndarray], channels_last: bool) -> dict[str, np.ndarray] | None:
-    """A case as a graph takes it: caches with channels last, half precision; None where a fixed size differs."""
+def _fed(session, case: Mapping[str, np.ndarray], channels_last: bool) -> dict[str, np.ndarray]:
+    """A case as a graph takes it: caches with channels last, half precision, zeros behind what is used of a fixed size."""
     feeds = {}
     for value in session.get_inputs():
         array = case[value.name]
         if channels_last and value.name.startswith("cache_in."):
-            array = array.transpose(0, 2, 3, 1)
-        if any(isinstance(size, int) and size != found for size, found in zip(value.shape, array.shape, strict=True)):
-            return None
+            array = array.transpose(TO_LAST)
+        sizes = zip(value.shape, array.shape, strict=True)
+        array = np.pad(array, [(0, wanted - size if isinstance(wanted, int) else 0) for wanted, size in sizes])
         feeds[value.name] = np.ascontiguousarray(array, np.float16 if value.type == "tensor(float16)" else None)
     return feeds
 
@@ -348,21 +432,21 @@ def _figures(result: GateResult) -> dict:
     return {"psnr_db": round(result.psnr_db, 3), "loss_db": None if loss is None else round(loss, 4)}
 
 
-def _plan_to_dict(plan: Plan) -> dict:
+def _measured_to_dict(measured: Measured) -> dict:
     layers = {
         name: {
             "mode": layer.mode, "input_scale": layer.input_scale, "output_scale": layer.output_scale,
             "smooth": None if layer.smooth is None else [float(value) for value in layer.smooth],
         }
-        for name, layer in plan.recipe.layers.items()
+        for name, layer in measured.recipe.layers.items()
     }  # fmt: skip
     return {
-        "layers": layers, "weights": dict(plan.recipe.weights), "costs": [cost.to_dict() for cost in plan.costs],
-        "provenance": dict(plan.provenance),
+        "layers": layers, "weights": dict(measured.recipe.weights), "costs": [cost.to_dict() for cost in measured.costs],
+        "alone": dict(measured.alone),
     }  # fmt: skip
 
 
-def _read_plan(path: Path) -> Plan:
+def _read_measured(path: Path) -> Measured:
     data = json.loads(path.read_text(encoding="utf-8"))
     layers = {
         name: LayerRecipe(
@@ -372,4 +456,13 @@ def _read_plan(path: Path) -> Plan:
         for name, layer in data["layers"].items()
     }  # fmt: skip
     costs = tuple(Cost(cost["group"], tuple(cost["layers"]), cost["error"], cost["weights"]) for cost in data["costs"])
-    return Plan(Recipe(layers, data["weights"]), costs, data["provenance"])
+    return Measured(Recipe(layers, data["weights"]), costs, data["alone"])
+
+
+def _write_json(file: Path, data: Mapping) -> None:
+    with whole_file(file) as path:
+        path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def _digest(parts: list) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from factorportrait.bundle import CONSTANTS, MANIFEST, Bundle, FileEntry, StageSpec
@@ -22,13 +24,16 @@ def has_channels_last(precision: str, target: str, stage: str) -> bool:
     return precision == "int8" and target == "cpu" and stage in CONVOLUTIONAL
 
 
-def int8_graph(stage: str, model: ir.Model, recipe: Recipe, target: str) -> ir.Model:
+def int8_graph(
+    stage: str, model: ir.Model, recipe: Recipe, target: str, exact: Mapping[str, np.ndarray] | None = None
+) -> ir.Model:
     """Quantise one graph in place.
 
     Args:
         model: of the stage, in fp32 for "cpu", in fp16 for "tensorrt".
+        exact: see `quantize_graph`.
     """
-    quantize_graph(model, recipe.of(stage, model), target)
+    quantize_graph(model, recipe.of(stage, model), target, exact)
     if has_channels_last("int8", target, stage):
         channels_last(model)
     return model

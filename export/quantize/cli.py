@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `fp-export` that concern quality."""
     parser.add_argument(
         "--max-quality-loss-db", type=_decibel, metavar="DB",
-        help="int8: most that may be lost against true renders; layers stay in float until it is met (default: 0.3)",
+        help="most that may be lost against true renders; in int8 layers stay in float until it is met (default: that of the "
+        "precision in export/quantize/gates.toml, for int8 0.3)",
     )  # fmt: skip
     parser.add_argument(
         "--calibration", type=Path, metavar="DIR",
@@ -45,6 +46,24 @@ def _decibel(text: str) -> float:
     if not 0 < value < 100:
         raise argparse.ArgumentTypeError(f"expected more than 0 and less than 100 dB, found {text}")
     return value
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for a budget that nothing would be held to."""
+    if options.max_quality_loss_db is None:
+        return
+    against = {
+        "fp32 loses nothing": options.precision == "fp32",
+        "fp8 can only be judged on hardware": options.precision == "fp8",
+        "clips of --calibration have no true renders": options.calibration is not None,
+        "--skip-gate": options.skip_gate,
+    }
+    for found, is_so in against.items():
+        if is_so:
+            raise UserError(
+                "--max-quality-loss-db", expected="a loss against true renders that is measured", found=found,
+                action="leave the option out",
+            )  # fmt: skip
 
 
 def export_int8(
@@ -89,7 +108,8 @@ def judge_for(options: argparse.Namespace, checkpoint: Path, targets: tuple[str,
         from factorportrait.export.quantize.gate import Judge, gate_clips, load_limits
 
         fp32 = float_bundle(checkpoint, "fp32", "cpu")
-        result = Judge(fp32, gate_clips(fp32, options.calibration)).compare(bundle, load_limits(options.precision))
+        limits = load_limits(options.precision, options.max_quality_loss_db)
+        result = Judge(fp32, gate_clips(fp32, options.calibration)).compare(bundle, limits)
         if not result.passed:
             raise GateFailed(result, "export fp32, or look for the layer in export/precision.toml that has to stay in fp32")
         return result.to_dict()
@@ -99,13 +119,15 @@ def judge_for(options: argparse.Namespace, checkpoint: Path, targets: tuple[str,
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
     """What quantising cost."""
-    from factorportrait.export.quantize.sensitivity import costs_table
+    from factorportrait.export.quantize.sensitivity import REPORT, costs_table
 
     if outcome.plan is not None:
         console.print(costs_table(outcome.plan.costs))
         mix = outcome.plan.provenance["mix"]
         left = ", ".join(mix["left_in_float"]) or "nothing"
         console.print(f"left in float beyond layers.toml to meet the budget: {left}", soft_wrap=True, markup=False)
+        report = outcome.bundle.path / REPORT
+        console.print(f"what each group costs, all of them: {report}", soft_wrap=True, markup=False)
     if outcome.gate is not None:
         print_gate(console, outcome.gate)
 
@@ -113,6 +135,16 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
 def print_gate(console: Console, result: GateResult) -> None:
     """The gate's figures."""
     console.print(gate_table(result))
+
+
+def gate_line(bundle: Bundle) -> str:
+    """What the gate found of a bundle at its export, "" where nothing was judged."""
+    gate = bundle.manifest.provenance.get("gate")
+    if not gate:
+        return ""
+    loss = "" if gate["loss_db"] is None else f", {gate['loss_db']:.3f} dB lost against true renders"
+    clips = len({row["clip"] for row in gate["clips"]})
+    return f"quality: {gate['psnr_db']:.1f} dB between its videos and fp32's ({clips} clips){loss}"
 
 
 def to_dict(outcome: Outcome) -> dict:

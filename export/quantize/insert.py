@@ -118,20 +118,24 @@ def smoothed(weights: np.ndarray, layer: Layer, smooth: np.ndarray | None) -> np
     return weights * smooth.astype(weights.dtype).reshape(shape)
 
 
-def quantize_graph(model: ir.Model, recipe: Mapping[str, LayerRecipe], target: str) -> ir.Model:
+def quantize_graph(
+    model: ir.Model, recipe: Mapping[str, LayerRecipe], target: str, exact: Mapping[str, np.ndarray] | None = None
+) -> ir.Model:
     """Insert the pairs that `recipe` asks for, in place.
 
     Args:
         model: a graph of `export_stage`, fp32 for the CPU, fp32 or fp16 for TensorRT: scales take the activation's type.
         recipe: by node name; layers not named stay as they are.
         target: one of `TARGETS`.
+        exact: weights in fp32 by node name, to be rounded in the place of a half graph's: then the graphs of all targets hold
+            the same integers, and share the file of them.
 
     Raises:
         ValueError: an unknown target, or a name that is no layer of the graph.
     """
     if target not in TARGETS:
         raise ValueError(f"target: expected one of {TARGETS}, found {target!r}")
-    writer = _Writer(model, target)
+    writer = _Writer(model, target, exact or {})
     nodes = {node.name: node for node in model.graph}
     writer.fold_smoothing(nodes, recipe)
     for name, layer_recipe in recipe.items():
@@ -150,8 +154,8 @@ def quantize_graph(model: ir.Model, recipe: Mapping[str, LayerRecipe], target: s
 class _Writer:
     """Inserts nodes; a value is quantised once for all that use it on the same scale."""
 
-    def __init__(self, model: ir.Model, target: str):
-        self.graph, self.target = model.graph, target
+    def __init__(self, model: ir.Model, target: str, exact: Mapping[str, np.ndarray]):
+        self.graph, self.target, self.exact = model.graph, target, exact
         self.code = ir.DataType.UINT8 if target == "cpu" else ir.DataType.INT8
         self._quantized: dict[tuple[str, float], ir.Value] = {}
         self._dequantized: dict[tuple[str, float], ir.Value] = {}
@@ -190,7 +194,7 @@ class _Writer:
                     break
 
     def _weights(self, node: ir.Node, layer: Layer, weights: ir.Value, recipe: LayerRecipe) -> ir.Value:
-        array = smoothed(weights.const_value.numpy(), layer, recipe.smooth)
+        array = smoothed(self.exact.get(node.name, weights.const_value.numpy()), layer, recipe.smooth)
         scales = weight_scales(array, layer.axis)
         stem = weights.name
         parts = [

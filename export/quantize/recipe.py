@@ -71,6 +71,17 @@ def named_layers(stage: str, model: ir.Model) -> dict[str, Layer]:
     return named
 
 
+def exact_weights(stage: str, model: ir.Model, fp32: ir.Model) -> dict[str, np.ndarray]:
+    """The layers' weights in fp32 by node name of `model`, which is the same stage in half precision.
+
+    Nodes and weights have other names in another export; layers have the same.
+    """
+    nodes = {node.name: node for node in fp32.graph}
+    whole = {name: nodes[layer.name].inputs[1].const_value for name, layer in named_layers(stage, fp32).items()}
+    layers = named_layers(stage, model)
+    return {layer.name: whole[name].numpy() for name, layer in layers.items() if tuple(whole[name].shape) == layer.shape}
+
+
 def _weights_name(node: ir.Node) -> str:
     """The parameter behind a node: its bias keeps the checkpoint's name, its weights may have been rearranged at export."""
     names = [node.inputs[2].name] if len(node.inputs) > 2 and node.inputs[2] is not None else []

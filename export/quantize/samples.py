@@ -148,7 +148,8 @@ def _generate(opened, recorder: _Recorder, clip: DrivenClip, seed: int) -> None:
 
     watched = OpenBundle(opened.bundle, RecordingEngine(opened.engine, recorder.offer))
     for mode in opened.config.generation.modes:
-        session = watched.session(mode=mode, seed=seed)
+        # Every stage as a graph: what a run computes beside them would leave one without samples.
+        session = watched.session(mode=mode, seed=seed, embedding="graph")
         session.set_reference(clip.portrait)
         for _ in session.frames(clip.driving):
             pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from factorportrait.export.quantize.recipe import Recipe, probe_session
 # Which of a family's graphs is looked at, and its output.
 PROBES = {"dit": ("dit_inplace", "dit"), "vae_encode": ("vae_encode_steady",), "vae_decode": ("vae_decode_steady",)}
 NUM_SAMPLES = 2
+REPORT = "sensitivity.csv"  # in an int8 bundle
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,15 @@ def costs_table(costs: Sequence[Cost], limit: int = 20):
     for cost in costs[:limit]:
         table.add_row(cost.group, f"{cost.snr_db:.1f}", f"{cost.weights:,}")
     return table
+
+
+def write_report(path: Path, costs: Sequence[Cost], recipe: Recipe) -> None:
+    """All groups as a table for spreadsheets, the most sensitive first, and what the recipe does with each."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["group", "signal_to_error_db", "weights", "mode"])
+        for cost in costs:
+            rows.writerow([cost.group, f"{cost.snr_db:.2f}", cost.weights, recipe.layers[cost.layers[0]].mode])
 
 
 def families_of(recipe: Recipe) -> list[str]:

@@ -111,6 +111,41 @@ def test_unknown_target(tiny_checkpoint, tmp_path, capsys, target, found):
     assert f"expected some of cpu, cuda, tensorrt; found {found}" in line
 
 
+@pytest.mark.parametrize(("precision", "target"), [("int8", "cuda"), ("fp8", "cpu"), ("fp8", "cuda")])
+def test_a_target_that_a_precision_is_not_for(tiny_checkpoint, tmp_path, capsys, precision, target):
+    """Refused with the reason."""
+    line = refused(capsys, tiny_checkpoint, "--precision", precision, "--target", target, "--output", tmp_path / "bundle")
+    assert f"found {target}; {build.REASONS[precision, target]}" in line
+
+
+def test_eight_bit_weights_are_stored_once(two_stages, tiny_checkpoint, tmp_path, capsys):
+    """The graph for the CPU is fp32 and that of GPUs fp16; the integers are the same."""
+    report = exported(capsys, tiny_checkpoint, "--precision", "int8-weights", "--skip-gate", "--output", tmp_path / "bundle")
+    assert report["precision"] == "int8-weights" and report["target_bytes"].keys() == set(TARGETS)
+    assert all(0 < check["max_relative"] < 0.15 and check["num_cases"] for check in report["stages"].values())
+    bundle = Bundle(tmp_path / "bundle")
+    bundle.verify()
+    own, shared = bundle.stage("arkit_encoder", "tensorrt"), bundle.stage("arkit_encoder")
+    assert own.file != shared.file and "arkit_encoder.int8.data" in (set(own.data) & set(shared.data))
+    # A byte for each weight, and padding.
+    assert bundle.manifest.files["arkit_encoder.int8.data"].bytes < 1.1 * (52 * 64 + 2 * 64 * 64 + 64 * 16) + 4096
+
+
+def test_fp8_through_the_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    real = stages.stages_of
+    monkeypatch.setattr(stages, "stages_of", lambda model: [stage for stage in real(model) if stage.name == "dit"])
+    assert cli.main([str(tiny_checkpoint), "--precision", "fp8", "--output", str(tmp_path / "bundle")]) == 0
+    assert "fp8 on tensorrt: compiles" in capsys.readouterr().out
+    bundle = Bundle(tmp_path / "bundle")
+    assert bundle.manifest.targets == ("tensorrt",)
+    check = bundle.stage("dit").check
+    assert 1e-3 < check["max_relative"] < 0.3 and check["headroom"] > 2 and check["num_cases"] > 0
+    # Without a GPU there is nothing to verify it with, and that is said for every engine.
+    monkeypatch.setattr("factorportrait.engines.choose.find_gpu", lambda: "no driver")
+    line = refused(capsys, "verify", tmp_path / "bundle", "--checkpoint", tiny_checkpoint)
+    assert "graphs for an engine that runs here" in line and "onnxruntime-cpu: one for tensorrt" in line
+
+
 def test_targets(two_stages, tiny_checkpoint, tmp_path, capsys):
     output = tmp_path / "bundle"
     assert exported(capsys, tiny_checkpoint, "--target", "tensorrt,cpu", "--output", output)["target_bytes"].keys() == {
@@ -227,9 +262,9 @@ def test_a_graph_that_differs_is_an_error(two_stages, tiny_checkpoint, tmp_path,
     assert "stage time_embed" in line and "expected a relative error of at most 1.0e-04; found" in line
     assert list(tmp_path.iterdir()) == []
     assert cli.main([str(tiny_checkpoint), "--output", str(tmp_path / "bundle")]) == 2
-    rows = [row for row in capsys.readouterr().out.splitlines() if "│" in row]
-    assert [row.split("│")[1].split()[0] for row in rows if "refused" in row] == ["time_embed"]
-    assert [row.split("│")[1].split()[0] for row in rows if "passed" in row] == ["arkit_encoder"]
+    rows = [row.split() for row in capsys.readouterr().out.splitlines() if row]
+    assert [row[0] for row in rows if row[-1] == "refused"] == ["time_embed"]
+    assert [row[0] for row in rows if row[-1] == "passed"] == ["arkit_encoder"]
 
 
 def test_full_disk(two_stages, tiny_checkpoint, tiny_bundle, tmp_path, capsys, monkeypatch):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from factorportrait.bundle import Bundle
 from factorportrait.errors import UserError
+from factorportrait.export.cli import main
 from factorportrait.export.quantize import build, gate
 from factorportrait.export.quantize.bundles import write_trial
 from factorportrait.export.quantize.gate import (
@@ -101,30 +106,96 @@ def test_the_gate_closes(recipe):
         load_limits("fp32")
 
 
-def test_plan_bundle_and_gate_end_to_end(fp32, clips, samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "record_samples", lambda *args, **words: samples)
-    monkeypatch.setattr(build, "load_limits", lambda precision, budget: Limits(20.0, 5.0, ""))
-    said = []
-    plan = build.make_plan(fp32, clips, tmp_path, threads=1, say=said.append)
-    assert any("sensitivity" in line for line in said) and any(line.startswith("mix") for line in said)
-    # Again: from the cache, the same to the last digit.
-    again = build.make_plan(fp32, clips, tmp_path, say=None.__class__)
-    assert build._plan_to_dict(again) == build._plan_to_dict(plan)
-    judge = Judge(fp32, clips[:1], threads=1)
-    output = tmp_path / "int8"
-    found = build.write_int8_bundle(fp32, None, plan, output, samples, source_key="k", judge=judge)
-    bundle = Bundle(output)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A user's cache, with what the first export measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def export(cache, fp32, clips, tiny_fp16_bundle, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """fp-export --precision int8 of the tiny model, on clips that need no renderer -> exit code, stdout, stderr."""
+    floats = {"fp32": fp32, "fp16": Bundle(tiny_fp16_bundle)}
+    monkeypatch.setattr(build, "float_bundle", lambda checkpoint, precision, *_: floats[precision])
+    monkeypatch.setattr(build, "calibration_clips", lambda bundle, folder: clips)
+    monkeypatch.setattr(build, "gate_clips", lambda bundle, folder: clips[:1])
+
+    def run(limits: Limits, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(build, "load_limits", lambda precision, budget: limits)
+        command = [str(tiny_checkpoint), "--precision", "int8", "--calibration", "clips", "--output", str(tmp_path / "int8")]
+        return (main([*command, *options]), *capsys.readouterr())
+
+    return run
+
+
+def test_an_export_from_samples_to_gate(export, tmp_path, monkeypatch):
+    code, out, _ = export(Limits(20.0, 5.0, ""), "--json")
+    assert code == 0
+    report, bundle = json.loads(out.splitlines()[-1]), Bundle(tmp_path / "int8")
     bundle.verify()
-    assert bundle.manifest.precision == "int8" and bundle.manifest.targets == ("cpu",)
-    assert bundle.manifest.provenance["gate"]["psnr_db"] == pytest.approx(found.psnr_db, abs=1e-3)
-    assert bundle.manifest.provenance["quantization"]["mix"]["psnr_db"] > 20
-    assert all(np.isfinite(spec.check["max_relative"]) for spec in bundle.manifest.stages.values())
-    # A bundle that fails leaves the older one where it was.
-    kept = (output / "manifest.json").read_bytes()
-    monkeypatch.setattr(build, "load_limits", lambda precision, budget: Limits(99.0, 0.0, ""))
-    with pytest.raises(GateFailed, match="quality of the int8 bundle"):
-        build.write_int8_bundle(fp32, None, plan, output, samples, source_key="k", judge=judge)
-    assert (output / "manifest.json").read_bytes() == kept
+    manifest = bundle.manifest
+    assert manifest.precision == "int8" and manifest.targets == ("cpu", "tensorrt")
+    assert report["gate"] == manifest.provenance["gate"] and report["gate"]["passed"] and report["gate"]["psnr_db"] > 20
+    assert report["quantization"]["mix"]["psnr_db"] > 20
+    # Every graph that the clips run was compared, the one with a cache of fixed size and the one for coefficients too; the tiny
+    # model's window is no multiple of its chunk, so no run of it has the cache in place.
+    not_run = {name for name, check in report["stages"].items() if not check["num_cases"]}
+    assert not_run == {"dit_inplace", "dit_inplace.tensorrt"} and len(report["stages"]) == 22
+    assert all(check["angle"] < 1e-2 for check in report["stages"].values())
+    assert report["stages"]["dit.tensorrt"]["headroom"] > 10 and "headroom" not in report["stages"]["dit"]
+    # Both targets hold the same integers, once.
+    for stage in ("dit", "vae_decode_steady", "time_embed"):
+        both = [next(file for file in bundle.stage(stage, target).data if ".int8." in file) for target in manifest.targets]
+        assert both[0] == both[1]
+    # The sensitivity report is a table for people: every group, and what became of it.
+    with open(tmp_path / "int8" / "sensitivity.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["group"] for row in rows] == [cost["group"] for cost in report["sensitivity"]] and len(rows) > 20
+    losses = [float(row["signal_to_error_db"]) for row in rows]
+    assert losses == sorted(losses) and {row["mode"] for row in rows} <= {"int8", "weights"}
+    assert json.loads(export(Limits(20.0, 5.0, ""), "--json")[1].splitlines()[-1])["up_to_date"] is True
+
+    # An impossible budget: what was measured for the other one serves this one, the report is named, the older bundle stays.
+    kept = (tmp_path / "int8" / "manifest.json").read_bytes()
+    monkeypatch.setattr(build, "_measure", None)
+    code, out, err = export(Limits(99.0, 0.0, ""), "--force")
+    assert code == 2 and "missed" in out and err.count("quality of the int8 bundle; expected 99 dB or more") == 1
+    report = Path(err.rsplit("costs is in ", 1)[1].strip())
+    assert report.read_text(encoding="utf-8").startswith("group,signal_to_error_db,weights,mode")
+    assert (tmp_path / "int8" / "manifest.json").read_bytes() == kept
+
+
+def test_a_mix_that_passed_is_judged_on_other_clips(export, monkeypatch, tmp_path):
+    real = build.Judge.compare
+
+    def worse_at_last(self, bundle, limits):
+        found = real(self, bundle, limits)
+        return found if bundle.path.name == "trial" else replace(found, rows=tuple(replace(row, psnr_db=1.0) for row in found.rows))
+
+    monkeypatch.setattr(build.Judge, "compare", worse_at_last)
+    code, out, err = export(Limits(20.0, 5.0, ""))
+    assert code == 2 and "missed" in out and "found 1.0 dB" in err and not (tmp_path / "int8").exists()
+
+
+def test_a_graph_that_is_far_off_is_refused_with_a_table(export, monkeypatch, tmp_path):
+    """As wrong scales would make it."""
+    real = build.int8_graph
+
+    def wrong(stage, model, *arguments):
+        model = real(stage, model, *arguments)
+        if stage == "arkit_encoder":
+            for name, value in model.graph.initializers.items():
+                if name.endswith(".scale"):
+                    value.const_value = ir.tensor(value.const_value.numpy() * 1000, name=name)
+        return model
+
+    monkeypatch.setattr(build, "int8_graph", wrong)
+    code, out, err = export(Limits(20.0, 5.0, ""))
+    assert code == 2 and "arkit_encoder" in err and not (tmp_path / "int8").exists()
+    refused = [line.split()[0] for line in out.splitlines() if line.rstrip().endswith("refused")]
+    assert refused == ["arkit_encoder", "arkit_encoder.tensorrt"]
 
 
 def test_an_impossible_budget_is_exit_code_2_and_a_table(fp32, clips, recipe, tmp_path, monkeypatch, capsys):

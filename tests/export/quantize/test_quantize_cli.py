@@ -41,3 +41,19 @@ def test_who_is_judged(tiny_checkpoint, capsys):
     for checkpoint, targets in ((demo, ("tensorrt",)), (tiny_checkpoint, ("cpu",))):
         assert cli.judge_for(parse("--precision", "fp16"), checkpoint, targets) is None
         assert "not judged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--precision", "fp32"], "fp32 loses nothing"),
+        (["--precision", "fp8"], "fp8 can only be judged on hardware"),
+        (["--precision", "int8", "--calibration", "clips"], "clips of --calibration have no true renders"),
+        (["--precision", "fp16", "--skip-gate"], "--skip-gate"),
+    ],
+)
+def test_a_budget_that_nothing_is_held_to(words, found):
+    with pytest.raises(UserError, match=f"--max-quality-loss-db; .*found {found}"):
+        cli.check_options(parse(*words, "--max-quality-loss-db", "0.1"))
+    cli.check_options(parse(*words))
+    cli.check_options(parse("--precision", "int8", "--max-quality-loss-db", "0.1"))
