@@ -1,6 +1,8 @@
 """The gate: videos of a bundle with fewer bits against those of fp32, and against the truth.
 
-`python -m factorportrait.export.quantize.gate FP32_BUNDLE BUNDLE` gives the figures of any two bundles of one checkpoint.
+`python -m factorportrait.export.quantize.gate FP32_BUNDLE BUNDLE` gives the figures of any two bundles of one checkpoint. With
+`--engine torch` an fp16 bundle's are those of PyTorch, which rounds after every operator as a GPU does; ONNX Runtime's CPU
+kernels compute most of it in fp32.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,9 +125,11 @@ class Judge:
         self.modes = reference.config.generation.modes
         self._videos = self._generate(reference)
 
-    def compare(self, bundle: Bundle, limits: Limits, on_clip: Callable[[str], None] = lambda name: None) -> GateResult:
-        """Figures of a bundle of the same checkpoint."""
-        videos = self._generate(bundle, on_clip)
+    def compare(
+        self, bundle: Bundle, limits: Limits, on_clip: Callable[[str], None] = lambda name: None, **opening: Any
+    ) -> GateResult:
+        """Figures of a bundle of the same checkpoint; `opening` are keywords of `open_bundle`, such as the engine."""
+        videos = self._generate(bundle, on_clip, **opening)
         rows = []
         for clip in self.clips:
             for mode in self.modes:
@@ -138,10 +143,12 @@ class Judge:
                 )  # fmt: skip
         return GateResult(bundle.manifest.precision, limits, tuple(rows))
 
-    def _generate(self, bundle: Bundle, on_clip: Callable[[str], None] = lambda name: None) -> dict[tuple[str, str], np.ndarray]:
+    def _generate(
+        self, bundle: Bundle, on_clip: Callable[[str], None] = lambda name: None, **opening: Any
+    ) -> dict[tuple[str, str], np.ndarray]:
         from factorportrait.runtime.session import open_bundle
 
-        opened = open_bundle(bundle.path, threads=self.threads, verify=False)
+        opened = open_bundle(bundle.path, threads=self.threads, verify=False, **opening)
         videos = {}
         for clip in self.clips:
             on_clip(clip.name)
@@ -187,6 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("reference", type=Path, metavar="FP32_BUNDLE")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("--clips", type=Path, metavar="DIR", help="clips of your own (default: test people of the demo's world)")
+    parser.add_argument("--engine", metavar="NAME", help="of BUNDLE, such as torch (default: the best one that runs here)")
+    parser.add_argument("--checkpoint", type=Path, help="the bundles' checkpoint, for --engine torch (default: the demo's)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -196,7 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         reference, bundle = Bundle(options.reference), Bundle(options.bundle)
         judge = Judge(reference, gate_clips(reference, options.clips), threads=options.threads)
-        result = judge.compare(bundle, load_limits(bundle.manifest.precision))
+        limits = load_limits(bundle.manifest.precision)
+        result = judge.compare(bundle, limits, engine=options.engine, checkpoint=options.checkpoint)
         print(json.dumps(result.to_dict())) if options.json else Console().print(gate_table(result))
         return 0 if result.passed else 2
 

@@ -207,6 +207,16 @@ def test_an_impossible_budget_is_exit_code_2_and_a_table(fp32, clips, recipe, tm
     assert figures["passed"] is False and len(figures["clips"]) == 2 and figures["psnr_db"] < 99
 
 
+def test_half_precision_as_a_gpu_rounds_it(fp32, clips, tiny_fp16_bundle, tiny_checkpoint, monkeypatch, capsys):
+    """ONNX Runtime's CPU kernels leave out rounding that PyTorch does after every operator."""
+    monkeypatch.setattr(gate, "gate_clips", lambda bundle, folder: clips[:1])
+    command, found = [str(fp32.path), str(tiny_fp16_bundle), "--threads", "1", "--json"], []
+    for engine in ([], ["--engine", "torch", "--checkpoint", str(tiny_checkpoint)]):
+        assert gate.main([*command, *engine]) == 0
+        found.append(json.loads(capsys.readouterr().out)["psnr_db"])
+    assert 45 < found[1] <= found[0] + 3 and found[0] != found[1]
+
+
 def test_scales_clip_what_is_rare():
     activation = Activation()
     values = np.random.default_rng(0).normal(size=(4096, 8)).astype(np.float32)
