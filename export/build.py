@@ -10,7 +10,7 @@ import shutil
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +35,16 @@ from factorportrait.errors import BundleError, CheckpointError, UserError
 from factorportrait.files import sha256_file, whole_folder
 
 if TYPE_CHECKING:
-    from factorportrait.export.models.factorportrait import FactorPortrait
+    from factorportrait.export.check import Cases, Threshold
+    from factorportrait.export.parts import Part
+    from factorportrait.export.variants import Context
 
 # The packages that decide the bytes of a graph.
 WRITERS = ("torch", "onnx", "onnxscript", "onnx-ir")
 # The parts of factorportrait that do, export/ aside.
-CONTRACT = ("arkit.py", "bundle.py", "config.py", "model_config.py")
+CONTRACT = ("arkit.py", "bundle.py", "config.py", "model_config.py", "systems.py")
 # Parts of export/ that do not: the command lines.
-NOT_SOURCES = ("cli.py", "plan_cli.py")
+NOT_SOURCES = ("cli.py", "plan_cli.py", "released_cli.py")
 # What `fp-export --precision` offers: every target that it has graphs for, and those that get one unless some are named.
 OFFERED = {
     "fp32": TARGETS, "fp16": TARGETS, "int8": ("cpu", "tensorrt"), "int8-weights": TARGETS, "fp8": ("tensorrt",),
@@ -149,25 +151,31 @@ def build_bundle(
         raise ValueError("precision int8: call factorportrait.export.quantize.build.export_int8")
     check_output(output)
     for package in (*WRITERS, "safetensors"):
-        _version(package)
+        version_of(package)
     files = checkpoint_digests(checkpoint)
     options = {"precision": precision, "targets": targets, "external": external}
     if judge is not None:
         options["judged"] = True
-    versions = {name: _version(name) for name in WRITERS}
-    key = _digest({"checkpoint": files, "options": options, "sources": _source_digests(), "versions": versions})
+    versions = {name: version_of(name) for name in WRITERS}
+    key = digest_of({"checkpoint": files, "options": options, "sources": source_digests(), "versions": versions})
     if not force and (old := bundle_with(output, key)) is not None:
         return report_of(old, True, started)
 
-    _check_head(checkpoint / HEAD)
+    check_head(checkpoint / HEAD)
     # Late: an up-to-date bundle needs no torch.
+    from factorportrait.export.check import Cases
     from factorportrait.export.checkpoint import load_checkpoint
-    from factorportrait.export.stages import OPSET
+    from factorportrait.export.parts import Part
+    from factorportrait.export.stages import OPSET, stages_of
+    from factorportrait.export.variants import Context
 
     on_progress(Progress(0, 1, "", "load"))
     model = load_checkpoint(checkpoint)
     with whole_folder(output) as folder:
-        stages, variants = _write_graphs(model, folder, precision, targets, external, on_progress)
+        cases = Cases(model)
+        parts = [Part(stage.name, lambda stage=stage: stage) for stage in stages_of(model)]
+        context = Context(model, cases.longest)
+        stages, variants = write_graphs(parts, context, cases, folder, precision, targets, external, on_progress)
         embedding = model.dit.patch_embedding
         write_arrays(folder / CONSTANTS, {
             NEUTRAL_CODE: model.expression["controller"].neutral_code.numpy(),
@@ -182,7 +190,7 @@ def build_bundle(
             },
             provenance={
                 "checkpoint": model.config.name, "checkpoint_files": files, "opset": OPSET,
-                "versions": {"factorportrait": _version("factorportrait"), **versions},
+                "versions": {"factorportrait": version_of("factorportrait"), **versions},
             },
         )  # fmt: skip
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -194,35 +202,40 @@ def build_bundle(
     return report_of(Bundle(output), False, started)
 
 
-def _write_graphs(
-    model: FactorPortrait,
+def write_graphs(
+    parts: Sequence[Part],
+    context: Context,
+    cases: Cases,
     folder: Path,
     precision: str,
     targets: tuple[str, ...],
     external: bool,
     on_progress: Callable[[Progress], None],
+    limit: Threshold | None = None,
 ) -> tuple[dict[str, StageSpec], dict[str, dict[str, StageSpec]]]:
-    """Export every stage into `folder` and check it: the manifest's `stages` and `variants`.
+    """Export every part into `folder` and check it, one after the other: the manifest's `stages` and `variants`.
+
+    Args:
+        limit: what is let pass; None for the precision's.
 
     Raises:
         GraphsRefused: a graph is worse than its precision may be; all have been looked at.
     """
-    from factorportrait.export.check import Cases, check_variant, threshold
+    from factorportrait.export.check import check_variant, threshold
     from factorportrait.export.graphs import INLINE_LIMIT_BYTES, WeightFiles, tensor_specs, weight_bytes, write_graph
-    from factorportrait.export.stages import stages_of
-    from factorportrait.export.variants import FAMILIES, Context, graph_variants
+    from factorportrait.export.variants import family_of, graph_variants
 
-    exported, cases, limit = stages_of(model), Cases(model), threshold(precision)
-    context = Context(model, cases.longest)
-    family = {stage.name: FAMILIES.get(stage.name, stage.name) for stage in exported}
+    limit = limit or threshold(precision)
+    family = {part.name: family_of(part.name) for part in parts}
     members, weights = Counter(family.values()), {name: WeightFiles(folder, name) for name in family.values()}
     stages: dict[str, StageSpec] = {}
     own: dict[str, dict[str, StageSpec]] = {}
     checks, objections = {}, {}
-    for i, stage in enumerate(exported):
-        on_progress(Progress(2 * i, 2 * len(exported), stage.name, "export"))
+    for i, part in enumerate(parts):
+        on_progress(Progress(2 * i, 2 * len(parts), part.name, "export"))
+        stage = part.build()
         variants = graph_variants(stage, precision, targets, context)
-        on_progress(Progress(2 * i + 1, 2 * len(exported), stage.name, "check"))
+        on_progress(Progress(2 * i + 1, 2 * len(parts), stage.name, "check"))
         shared = external or members[family[stage.name]] > 1 or len(variants) > 1
         for variant in variants:
             name = f"{stage.name}.{'-'.join(variant.targets)}" if stage.name in stages else stage.name
@@ -239,6 +252,8 @@ def _write_graphs(
             else:
                 for target in variant.targets:
                     own.setdefault(target, {})[stage.name] = spec
+        # Of a large model one part lies in memory at a time.
+        del stage, variants, variant
     if objections:
         name, (expected, found) = next(iter(objections.items()))
         more = f" (and {len(objections) - 1} more graphs)" if len(objections) > 1 else ""
@@ -332,7 +347,7 @@ def bundle_with(output: Path, key: str) -> Bundle | None:
     return bundle
 
 
-def _source_digests() -> dict[str, str]:
+def source_digests() -> dict[str, str]:
     """Digest of every source file that the graphs depend on."""
     import factorportrait.bundle
 
@@ -342,14 +357,15 @@ def _source_digests() -> dict[str, str]:
     return {name: sha256_file(path) for name, path in sorted(files.items()) if name not in NOT_SOURCES}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package. Raises UserError where there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError("fp-export", expected=f"the package {package}", found="none", action=INSTALL_HINT) from error
 
 
-def _check_head(file: Path) -> None:
+def check_head(file: Path) -> None:
     """Raises CheckpointError unless head.npz is missing, or a head that a run can pose."""
     if not file.is_file():
         return
@@ -390,5 +406,6 @@ def _is_finite(array: np.ndarray) -> bool:
     return array.dtype.kind in "iuf" and bool(np.isfinite(array).all())
 
 
-def _digest(data: Mapping) -> str:
+def digest_of(data: Mapping) -> str:
+    """Digest of what JSON can say."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

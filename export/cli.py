@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from factorportrait.bundle import TARGETS, Bundle, Manifest
+from factorportrait.checkpoint_files import is_released
 from factorportrait.command import run_command
-from factorportrait.export import build, plan_cli, verify
+from factorportrait.export import build, plan_cli, released_cli, verify
 from factorportrait.export.quantize import cli as quantize_cli
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, is_shipped_checkpoint, shipped_checkpoint
 
@@ -52,7 +53,7 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT",
-        help="folder with config.json and safetensors files (default: the shipped demo)",
+        help="folder with config.json and safetensors files, or a released checkpoint of Wan's family (default: the shipped demo)",
     )  # fmt: skip
     parser.add_argument(
         "--precision", default="fp32",
@@ -67,6 +68,7 @@ def _export_parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="BUNDLE", help="folder of the bundle (default: a folder of the user's cache)"
     )
     quantize_cli.add_arguments(parser)
+    released_cli.add_arguments(parser)
     parser.add_argument("--force", action="store_true", help="export even if nothing changed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
@@ -84,6 +86,9 @@ def _export(options: argparse.Namespace) -> int:
     targets = build.check_precision(options.precision, None if options.target is None else tuple(options.target.split(",")))
     quantize_cli.check_options(options)
     checkpoint = options.checkpoint or shipped_checkpoint()
+    released = is_released(checkpoint)
+    if not released:
+        released_cli.check_unused(options)
     output = options.output or _default_output(options.checkpoint, options.precision)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -93,9 +98,19 @@ def _export(options: argparse.Namespace) -> int:
             description = f"{progress.what:6} {progress.stage}".rstrip()
             bar.update(task, description=description, completed=progress.step, total=progress.num_steps)
 
+        def note(line: str) -> None:
+            bar.console.print(f"fp-export: {line}", soft_wrap=True, markup=False, highlight=False)
+
         outcome = None
         try:
-            if options.precision == "int8":
+            if released:
+                from factorportrait.export.released import export_released
+
+                report = export_released(
+                    checkpoint, output, released_cli.options_of(options), precision=options.precision, targets=targets,
+                    force=options.force, on_progress=show, on_note=note,
+                )  # fmt: skip
+            elif options.precision == "int8":
                 report, outcome = quantize_cli.export_int8(
                     options, checkpoint, output, targets, lambda line: bar.update(task, description=line, total=None)
                 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from factorportrait.arkit import ARKIT_NAMES
 from factorportrait.export.models.dit import CacheInPlace, Rotary
-from factorportrait.model_config import FRAMES_PER_LATENT
+from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 
 if TYPE_CHECKING:
     from factorportrait.export.models.dit import Block, WanDiT
@@ -92,7 +92,8 @@ class ContextStage(nn.Module):
     def __init__(self, dit: WanDiT, source: str, start: int = 0, end: int | None = None):
         super().__init__()
         keys = {"text": ("k", "v", "norm_k"), "image": ("k_img", "v_img", "norm_k_img")}[source]
-        self.embedding = dit.text_embedding if source == "text" else dit.img_emb
+        self.source = {"text": "text_embedding", "image": "img_emb"}[source]
+        setattr(self, self.source, getattr(dit, self.source))
         blocks = dit.blocks[start:end]
         self.attentions = nn.ModuleList(
             nn.ModuleDict({name: getattr(block.cross_attn, key) for name, key in zip(("k", "v", "norm_k"), keys, strict=True)})
@@ -101,8 +102,8 @@ class ContextStage(nn.Module):
 
     def forward(self, given: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
-        first = next(self.embedding.parameters())
-        context = self.embedding(given.to(first.dtype))
+        embedding = getattr(self, self.source)
+        context = embedding(given.to(next(embedding.parameters()).dtype))
         out = []
         for attention in self.attentions:
             x = context.to(attention["k"].weight.dtype)
@@ -456,6 +457,29 @@ def in_place_stage(model: FactorPortrait, capacity: int | None = None) -> Stage:
     return Stage("dit_inplace", module, args, module.input_names, module.output_names, shapes, opset=24)
 
 
+def expression_stages(config: ModelConfig, networks: nn.ModuleDict, make: Examples) -> list[Stage]:
+    """Pictures and coefficients -> codes -> modulation."""
+    encoder, controller = networks["encoder"], networks["controller"]
+    states = [make.normal(1, *shape) for shape in controller.state_shapes()]
+    side = config.expression.image_size
+    return [
+        Stage(
+            "expression_encoder", Call(encoder, encoder.forward), (make.pictures(EXAMPLE_BATCH, 3, side, side),),
+            ["image"], ["code"], {"image": {0: "B"}},
+        ),
+        Stage(
+            "arkit_encoder", networks["arkit"], (make.coefficients(EXAMPLE_BATCH),),
+            ["coefficients"], ["code"], {"coefficients": {0: "B"}},
+        ),
+        Stage(
+            "expression_controller", ControllerStage(controller), (make.codes(EXAMPLE_FRAMES), *states),
+            ["codes", *(f"state_in.{i}" for i in range(len(states)))],
+            ["expression_modulation", *(f"state_out.{i}" for i in range(len(states)))],
+            {"codes": {1: "4*N"}},
+        ),
+    ]  # fmt: skip
+
+
 def time_embed(dit: WanDiT) -> nn.Module:
     """timesteps [B,F] -> temb, timestep_proj."""
     part = only(dit, "time_embedding", "time_projection")
@@ -467,27 +491,10 @@ def stages_of(model: FactorPortrait) -> list[Stage]:
     # Here, because that module imports this one.
     from factorportrait.export.models.vae_stages import vae_stages
 
-    config, make = model.config, Examples(model)
-    encoder, controller, dit = model.expression["encoder"], model.expression["controller"], model.dit
-    states = [make.normal(1, *shape) for shape in controller.state_shapes()]
+    config, make, dit = model.config, Examples(model), model.dit
     conditions = condition_inputs(model, EXAMPLE_FRAMES)
-    side = config.expression.image_size
-    stages = vae_stages(model.vae, config.height, config.width)
+    stages = vae_stages(model.vae, config.height, config.width) + expression_stages(config, model.expression, make)
     stages += [
-        Stage(
-            "expression_encoder", Call(encoder, encoder.forward), (make.pictures(EXAMPLE_BATCH, 3, side, side),),
-            ["image"], ["code"], {"image": {0: "B"}},
-        ),
-        Stage(
-            "arkit_encoder", model.expression["arkit"], (make.coefficients(EXAMPLE_BATCH),),
-            ["coefficients"], ["code"], {"coefficients": {0: "B"}},
-        ),
-        Stage(
-            "expression_controller", ControllerStage(controller), (make.codes(EXAMPLE_FRAMES), *states),
-            ["codes", *(f"state_in.{i}" for i in range(len(states)))],
-            ["expression_modulation", *(f"state_out.{i}" for i in range(len(states)))],
-            {"codes": {1: "4*N"}},
-        ),
         Stage(
             "condition_embed", ConditionStage(dit), tuple(conditions.values()),
             list(conditions), ["condition_tokens"], {name: {2: "F"} for name in conditions},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -18,11 +20,26 @@ from factorportrait.export.precision import HalfWeights
 from factorportrait.export.stages import Stage, in_place_stage
 from factorportrait.export.weight_only import quantize_weights, rounded_layers
 
+if TYPE_CHECKING:
+    from factorportrait.export.parts import ReleasedModel
+
 TENSORRT = "tensorrt"
 # TensorRT compiles the fused operator in half precision alone, and up to this width of a head.
 TENSORRT_HEAD_WIDTH = 256
 # Stages that run the weights of another one: their graphs share its files.
 FAMILIES = {"dit_inplace": "dit"}
+# The transformer's names, whole and by ranges of blocks.
+TRANSFORMER, IN_PLACE = r"dit(_inplace)?(_\d+_\d+)?", r"dit_inplace(_\d+_\d+)?"
+
+
+def whole_name(stage: str) -> str:
+    """Name of the stage that a range of blocks belongs to."""
+    return re.sub(r"_\d+_\d+$", "", stage)
+
+
+def family_of(stage: str) -> str:
+    """Name of the files of weights that a stage shares with others: of all ranges, and of both forms of the transformer."""
+    return FAMILIES.get(whole_name(stage), whole_name(stage))
 
 
 @dataclass(frozen=True)
@@ -41,11 +58,24 @@ class Variant:
 
 
 class Context:
-    """What the graphs of all stages of one export share."""
+    """What the graphs of all stages of one export share.
 
-    def __init__(self, model: FactorPortrait, longest: Callable[[Stage], list[dict[str, Tensor]]]):
+    Args:
+        model: with a `config`.
+        longest: inputs of a stage as long as a run can have them.
+        in_place: gives a stage `dit_inplace` with a number of slots; None where `model` is in memory.
+        half: a stage in half precision; None to convert `model` once.
+    """
+
+    def __init__(
+        self,
+        model: FactorPortrait | ReleasedModel,
+        longest: Callable[[Stage], list[dict[str, Tensor]]],
+        in_place: Callable[[Stage, int], Stage] | None = None,
+        half: Callable[[Stage], Stage] | None = None,
+    ):
         self.model = model
-        self._longest = longest
+        self._longest, self._in_place, self._own_half = longest, in_place, half
         self._half: HalfWeights | None = None
 
     def longest(self, stage: Stage) -> list[dict[str, np.ndarray]]:
@@ -54,9 +84,16 @@ class Context:
 
     def half(self, stage: Stage) -> Stage:
         """A stage in half precision; the weights are converted once."""
+        if self._own_half is not None:
+            return self._own_half(stage)
         if self._half is None:
             self._half = HalfWeights(self.model)
         return self._half.stage(stage)
+
+    def with_capacity(self, stage: Stage) -> Stage:
+        """A stage on a cache in place that has as many slots as the config's window asks for."""
+        capacity = 1 + self.model.config.generation.window_frames
+        return in_place_stage(self.model, capacity) if self._in_place is None else self._in_place(stage, capacity)
 
 
 def graph_variants(stage: Stage, precision: str, targets: Sequence[str], context: Context) -> list[Variant]:
@@ -85,8 +122,9 @@ def _int8_weights(stage: Stage, targets: tuple[str, ...], context: Context) -> l
     for half in (False, True):
         own = tuple(target for target in targets if (target != "cpu") == half)
         for variant in float_variants(stage, own, context, half=half) if own else []:
-            whole = whole if half else variant.graph.clone()
-            graph = quantize_weights(stage.name, variant.graph, context.model.config.dit.num_layers, half=half, fp32=whole)
+            whole = variant.graph.clone() if whole is None and not half else whole
+            name, num_blocks = whole_name(stage.name), context.model.config.dit.num_layers
+            graph = quantize_weights(name, variant.graph, num_blocks, half=half, fp32=whole)
             found.append(dataclasses.replace(variant, graph=graph, half=None))
     return found
 
@@ -95,8 +133,8 @@ def _fp8(stage: Stage, targets: tuple[str, ...], context: Context) -> list[Varia
     """fp16 but for the matrix products of the transformer's blocks, which are all that fp8 kernels are worth it for."""
     found = []
     for variant in float_variants(stage, targets, context, half=True):
-        if stage.name in ("dit", "dit_inplace"):
-            nodes = rounded_layers(stage.name, variant.graph, context.model.config.dit.num_layers)
+        if re.fullmatch(TRANSFORMER, stage.name):
+            nodes = rounded_layers(whole_name(stage.name), variant.graph, context.model.config.dit.num_layers)
             graph = fp8_graph(variant.graph, nodes, context.longest(variant.stage))
             variant = dataclasses.replace(variant, graph=graph, half=None)
         found.append(variant)
@@ -126,9 +164,7 @@ def float_variants(stage: Stage, targets: tuple[str, ...], context: Context, *, 
 
 def tensorrt_stage(stage: Stage, context: Context) -> Stage:
     """The stage as TensorRT can run it: a cache in place has a fixed number of slots there."""
-    if stage.name != "dit_inplace":
-        return stage
-    return in_place_stage(context.model, capacity=1 + context.model.config.generation.window_frames)
+    return context.with_capacity(stage) if re.fullmatch(IN_PLACE, stage.name) else stage
 
 
 def _export(stage: Stage, targets: tuple[str, ...], context: Context, half: bool) -> Variant:

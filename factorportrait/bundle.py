@@ -27,14 +27,13 @@ from factorportrait.model_config import ModelConfig
 SCHEMA = 3  # 2 has one system and no ranges of blocks; it is read as it is
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.npz"
-# Arrays of the constants: the expression code [E] of a face at rest; the default prompt's embeddings [L, text_dim]; the bias [D] of
-# a patch embedding that has no stream but the noise, so no stage that would add it.
-NEUTRAL_CODE, PROMPT, PATCH_BIAS = "neutral_code", "prompt", "patch_bias"
+# Arrays of the constants: the expression code [E] of a face at rest, the default prompt's embeddings [L, text_dim].
+NEUTRAL_CODE, PROMPT = "neutral_code", "prompt"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "fp8")
 # Who runs a graph: ONNX Runtime on the CPU, ONNX Runtime on CUDA, TensorRT.
 TARGETS = ("cpu", "cuda", "tensorrt")
 # Arrays of the constants for the fused embedding: weight [D,C,1,p,p] and bias [D] of the patch embedding, float32. Older bundles
-# have none.
+# have none. Where the noise is the only stream, no stage adds the bias: it is all that a token without noise consists of.
 EMBED_WEIGHT, EMBED_BIAS = "embed_weight", "embed_bias"
 SCHEMA_1_TARGETS = ("cpu", "cuda")  # its graphs hold attention in fp32, which TensorRT does not compile
 _EXPORT_AGAIN = "make the bundle again with fp-export"

@@ -11,12 +11,23 @@ from factorportrait.model_config import ModelConfig
 
 CONFIG = "config.json"
 HEAD = "head.npz"
+# How files of weights end, and indices of them.
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
 PARTS = ("vae", "dit", "expression")  # sub-modules of FactorPortrait, one file each
 
 
 def weight_file(part: str) -> str:
     """Name of the file with the weights of a sub-module."""
     return f"{part}.safetensors"
+
+
+def is_released(path: Path) -> bool:
+    """Whether this is a checkpoint as others publish it (`factorportrait.export.weights.released`) and none of ours."""
+    if path.is_file():
+        return path.name.endswith(WEIGHTS)
+    if not path.is_dir() or any((path / weight_file(part)).is_file() for part in PARTS):
+        return False
+    return (path / "transformer").is_dir() or any(file.name.endswith(WEIGHTS) for file in path.iterdir())
 
 
 def checkpoint_files(path: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """Keys and values of the frames that a chunk looks back on: slot 0 is the reference (the sink), then a ring of latent frames.
 
 Keys are stored unrotated, so their positions are data: the sink has 0, and the frames of the window count from 1 however long the
-stream runs. While the ring fills, its used part is a prefix: a view of it is contiguous, with no copy and no mask.
+stream runs. While the ring fills, its used part is a prefix: a view of it is contiguous, with no copy and no mask. A system without
+a sink counts slots and positions of the frames from 0.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def choose_cache(
 class _Cache:
     """Static memory for all condition sets: per set and block keys and values [1, slots, T, D]."""
 
-    def __init__(self, engine: Engine, dit: Runner, num_sets: int, num_slots: int, window_frames: int, prefix: str):
-        self._engine = engine
-        self.ring, self.window_frames = num_slots - 1, window_frames  # entries behind the sink
+    def __init__(self, engine: Engine, dit: Runner, num_sets: int, num_slots: int, window_frames: int, prefix: str, sink: int):
+        self._engine, self._sink = engine, sink
+        self.ring, self.window_frames = num_slots - sink, window_frames  # entries behind the sink
         _, _, tokens, dim = dit.spec.input("condition_tokens").shape
         tensors = [tensor for tensor in dit.spec.inputs if tensor.name.startswith((f"{prefix}_k.", f"{prefix}_v."))]
         self._memory: list[dict[str, Buffer]] = [
@@ -79,8 +80,12 @@ class ConcatCache(_Cache):
 
     stage = "dit"
 
-    def __init__(self, engine: Engine, dit: Runner, num_sets: int, chunk_frames: int, window_frames: int, *, clip: bool = False):
-        super().__init__(engine, dit, num_sets, 0 if clip else 1 + window_frames - chunk_frames, window_frames, "past")
+    def __init__(
+        self, engine: Engine, dit: Runner, num_sets: int, chunk_frames: int, window_frames: int,
+        *, clip: bool = False, sink: int = 1,
+    ):  # fmt: skip
+        num_slots = 0 if clip else sink + window_frames - chunk_frames
+        super().__init__(engine, dit, num_sets, num_slots, window_frames, "past", sink)
         self._spec, self._new = dit.spec, {}
 
     def place(self, first_frame: int | None, num_frames: int) -> int:
@@ -88,9 +93,9 @@ class ConcatCache(_Cache):
         if first_frame is None or self.ring < 0:
             return 0
         frames = ring_frames(self.ring, first_frame)
-        positions = frame_positions(frames, first_frame + num_frames, self.window_frames)
-        self._fill("past_positions", np.concatenate([[0], positions]))
-        return 1 + len(frames)
+        positions = frame_positions(frames, first_frame + num_frames, self.window_frames, self._sink)
+        self._fill("past_positions", np.concatenate([np.arange(self._sink), positions]))
+        return self._sink + len(frames)
 
     def tensors(self, index: int, num_frames: int, used: int) -> tuple[Buffers, Buffers]:
         """What to bind for set `index`, by the names of the stage."""
@@ -112,7 +117,7 @@ class ConcatCache(_Cache):
         while self.ring > 0 and source < num_frames:
             entry = (first_frame + source) % self.ring
             count = min(num_frames - source, self.ring - entry)
-            moves.append((source, 1 + entry, count))
+            moves.append((source, self._sink + entry, count))
             source += count
         return moves
 
@@ -133,24 +138,25 @@ class InPlaceCache(_Cache):
 
     stage = "dit_inplace"
 
-    def __init__(self, engine: Engine, dit: Runner, num_sets: int, window_frames: int):
+    def __init__(self, engine: Engine, dit: Runner, num_sets: int, window_frames: int, *, sink: int = 1):
         _, _, self._tokens, _ = dit.spec.input("condition_tokens").shape
         rows = dit.spec.input("cache_k.0").shape[2]
         # TensorRT wants a fixed number of slots: its graph takes the whole memory, and sees as many as `key_positions` has.
         self._capacity = rows // self._tokens if isinstance(rows, int) else None
-        super().__init__(engine, dit, num_sets, self._capacity or 1 + window_frames, window_frames, "cache")
+        super().__init__(engine, dit, num_sets, self._capacity or sink + window_frames, window_frames, "cache", sink)
         self.ring = window_frames
 
     def place(self, first_frame: int | None, num_frames: int) -> int:
         """Say which frames come next, the reference being None; gives the number of slots that they see, their own among them."""
         frames = ring_frames(self.ring, 0 if first_frame is None else first_frame + num_frames)
-        start = 0 if first_frame is None else 1 + first_frame % self.ring
-        if start + num_frames > 1 + self.ring:
+        start = 0 if first_frame is None else self._sink + first_frame % self.ring
+        if start + num_frames > self._sink + self.ring:
             raise ValueError(f"frames {first_frame} to {first_frame + num_frames - 1} do not lie together in a ring of {self.ring}")
         end = 0 if first_frame is None else first_frame + num_frames
-        self._fill("key_positions", np.concatenate([[0], frame_positions(frames, end, self.window_frames)]))
+        positions = frame_positions(frames, end, self.window_frames, self._sink)
+        self._fill("key_positions", np.concatenate([np.arange(self._sink), positions]))
         self._fill("write_index", np.array([start]))
-        return 1 + len(frames)
+        return self._sink + len(frames)
 
     def tensors(self, index: int, num_frames: int, used: int) -> tuple[Buffers, Buffers]:
         """What to bind for set `index`, by the names of the stage: the same memory goes in and comes out."""
@@ -167,9 +173,9 @@ class InPlaceCache(_Cache):
         """Nothing to do: the latest run left it in its place."""
 
 
-def frame_positions(frames: np.ndarray, chunk_end: int, window_frames: int) -> np.ndarray:
-    """Rotary positions of latent frames (0-based) for a chunk that ends before frame `chunk_end`: 1..window_frames."""
-    return 1 + frames - max(0, chunk_end - window_frames)
+def frame_positions(frames: np.ndarray, chunk_end: int, window_frames: int, first: int = 1) -> np.ndarray:
+    """Rotary positions of latent frames (0-based) for a chunk that ends before frame `chunk_end`: `first` and on, window_frames."""
+    return first + frames - max(0, chunk_end - window_frames)
 
 
 def ring_frames(ring: int, end: int) -> np.ndarray:

@@ -49,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     inputs.add_argument(
         "--pose-from", type=Path, help="take the head pose from here instead: mesh, normal maps or .csv"
     )
+    inputs.add_argument("--control", type=Path, help="pose or control video in the place of normal maps (Wan-Fun, Wan-Animate)")
+    inputs.add_argument(
+        "--prompt-embeddings", type=Path, help="[tokens, width] as .safetensors or .npy (default: the bundle's prompt)"
+    )
+    inputs.add_argument("--negative-embeddings", type=Path, help="what guidance leads away from (default: the bundle's prompt)")
+    inputs.add_argument("--image-embeddings", type=Path, help="of the portrait, where the bundle has no picture encoder")
     inputs.add_argument("--camera", help="static, orbit:30, dolly:0.8, freeze:30, transforms.json or cameras.json")
     inputs.add_argument(
         "--fit", choices=("crop", "pad"), default="crop", help="how the portrait is fitted (default crop)"
@@ -143,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = SessionOptions(
         arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window, arguments.cache,
         arguments.embedding, arguments.hoist, arguments.commit, arguments.step_cache, arguments.guidance_steps, arguments.overlap,
-        arguments.latency,
+        arguments.latency, arguments.prompt_embeddings, arguments.negative_embeddings, arguments.image_embeddings,
     )  # fmt: skip
     options.resolve(config)
     threads = arguments.threads or default_threads(arguments.overlap)
@@ -159,6 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
         fps=parse_fps(arguments.fps) if arguments.fps is not None else None,
         num_frames=arguments.frames,
         driving_crop=crop_box(arguments.driving_crop) if arguments.driving_crop else None,
+        control=arguments.control,
     )
     for note in driving.notes:
         print(f"fp-run: {note}")

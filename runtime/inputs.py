@@ -16,7 +16,7 @@ from factorportrait.model_config import ModelConfig
 from factorportrait.runtime.conditions import DrivingFrame
 from factorportrait.runtime.media.camera import CameraPath, open_camera
 from factorportrait.runtime.media.driving import DrivingClip, VideoSource, open_driving
-from factorportrait.runtime.media.fit import Box, square_crop
+from factorportrait.runtime.media.fit import Box, Fit, square_crop
 from factorportrait.runtime.media.mesh import PosedHead, open_mesh
 from factorportrait.runtime.media.normals import NormalRenderer, NormalVideo
 from factorportrait.runtime.media.streams import Combined, Resampled, Stream
@@ -79,6 +79,7 @@ def open_inputs(
     num_frames: int | None = None,
     driving_crop: Box | None = None,
     fit: str = "crop",
+    control: str | Path | None = None,
 ) -> Driving:
     """Open the sources of a run.
 
@@ -90,6 +91,7 @@ def open_inputs(
             named by `camera` has one camera per output frame.
         num_frames: at most so many.
         driving_crop: square of the driving picture that the expression encoder sees; None is the centred square.
+        control: video that takes the place of rendered normal maps, for systems that were trained on other pictures of a pose.
 
     Raises:
         MediaError, UserError: a source cannot be used, or sources do not go together.
@@ -117,7 +119,10 @@ def open_inputs(
     # Every source comes at the output's rate: a pose tracked at 25 frames a second goes with an expression filmed at 30.
     main = _open(driving, rate)
     pose_source = _open(pose_from, rate) or main or expression
-    pose = _pose_track(bundle, pose_source, rate, fit, notes, explicit=pose_from is not None)
+    if control is not None or "pose" not in config.conditioning.follows:
+        pose = _pictures_track(config, control, rate, fit)
+    else:
+        pose = _pose_track(bundle, pose_source, rate, fit, notes, explicit=pose_from is not None)
     path = _camera_path(config, camera, pose_source, main, pose, rate, fit, notes)
     return _combine(config, expression.clip, pose, path, rate, num_frames, driving_crop, notes)
 
@@ -173,6 +178,32 @@ def _pose_track(
         return PoseTrack(Stream("pose", rotations, len(table.head_rotation)), head.faces, f"head angles of {clip.path}")
     notes.append(f"{clip.path} says nothing about the pose of the head: it stays still (--pose-from gives one)")
     return PoseTrack(Stream.constant("pose", head.vertices(np.eye(3))), head.faces, "a still head")
+
+
+def _pictures_track(config: ModelConfig, control: str | Path | None, fps: Fraction, fit: str) -> PoseTrack:
+    """The frames of a control video as they are, or nothing to see where a system does not follow a pose."""
+    if "pose" not in config.conditioning.follows:
+        if control is not None:
+            raise UserError(
+                f"--control {control}", expected="a system that follows such a video", found=config.system,
+                action="leave it out",
+            )  # fmt: skip
+        black = np.zeros((config.height, config.width, 3), np.uint8)
+        return PoseTrack(Stream.constant("pose", black), None, "not followed")
+    video = VideoSource(control, fps)
+    shape = Fit.between(video.height, video.width, config.height, config.width, fit)
+    return PoseTrack(Stream("pose", _Fitted(video, shape), video.num_frames), None, f"control video {control}")
+
+
+@dataclass
+class _Fitted:
+    """Frames of a video at the size of the output."""
+
+    video: VideoSource
+    shape: Fit
+
+    def __iter__(self):
+        return map(self.shape.apply, self.video)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from factorportrait.engines.base import Buffer, Call, Engine, Mirrored, allocate
+from factorportrait.engines.base import Buffer, Buffers, Call, Engine, Mirrored, allocate
 from factorportrait.runtime.cache import ConcatCache, InPlaceCache, frame_positions
 from factorportrait.runtime.schedule import Guidance, NoiseSource, Schedule
 from factorportrait.runtime.timing import Timings
@@ -29,12 +29,29 @@ class ChunkConditions:
         tokens: per set [1, F, T, D] from `condition_embed`.
         modulation: per set [1, F, 6, D] from `expression_controller`.
         again: what computes them anew, where that is not hoisted out of the loop; run before every pass.
+        given: clean latents [1, C, F, h, w] that are known and only committed.
     """
 
     first_frame: int | None
     tokens: list[Buffer]
     modulation: list[Buffer]
     again: tuple[Callable[[], None], ...] = ()
+    given: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SlotRules:
+    """How a system's slots lie; the defaults are FactorPortrait's.
+
+    Attributes:
+        lead: slots in front of a clip that hold no noise.
+        lead_is_clean: those are at timestep 0, not at the step's.
+        sink: slots in front of a stream's cache.
+    """
+
+    lead: int = 1
+    lead_is_clean: bool = True
+    sink: int = 1
 
 
 class _Slots:
@@ -46,14 +63,16 @@ class _Slots:
         inputs = [tensor for tensor in spec.inputs if tensor.name in ("noise_latents", "positions")]
         self.x, self.positions = (Mirrored(engine, buffer) for buffer in allocate(engine, inputs, sizes).values())
         self.velocity = Mirrored(engine, allocate(engine, outputs, sizes)["velocity"])
-        conditions = [tensor for tensor in spec.inputs if tensor.name in ("condition_tokens", "expression_modulation")]
+        own = ("condition_tokens", "expression_modulation", "face_k", "face_v")
+        conditions = [tensor for tensor in spec.inputs if tensor.name.split(".")[0] in own]
         self.conditions = [allocate(engine, conditions, sizes) for _ in range(denoiser.guidance.num_sets)]
         # The clip's slot 0 holds no noise; x keeps it zero, and these are views of the others.
-        first = 1 if denoiser.mode == "clip" else 0
+        first = denoiser.rules.lead if denoiser.mode == "clip" else 0
         self.frames, self.frames_velocity = self.x.array[:, :, first:], self.velocity.array[:, :, first:]
         self.scratch = np.zeros(self.frames.shape, np.float32)
         self.history = [np.zeros(self.frames.shape, np.float32) for _ in range(denoiser.schedule.outputs.shape[1])]
-        self.embed_time = [self._bind_time(denoiser, t, num_slots, first) for t in (*denoiser.schedule.timesteps, 0.0)]
+        timed = first if denoiser.rules.lead_is_clean else 0
+        self.embed_time = [self._bind_time(denoiser, t, num_slots, timed) for t in (*denoiser.schedule.timesteps, 0.0)]
         for call, _ in self.embed_time:
             call()
         self.calls: dict[tuple[int, int, int], Call] = {}
@@ -79,6 +98,8 @@ class Denoiser:
         hoist: of `HOISTS`, what leaves the loop; the results are the same.
         commit: of `COMMITS`.
         evaluated: per step, is the transformer run? Else the velocity of the step before is taken again (`kept_steps`).
+        rules: see `SlotRules`.
+        looked_up: per condition set what cross-attention looks up beside the frames: keys and values of text and picture.
     """
 
     def __init__(
@@ -96,17 +117,23 @@ class Denoiser:
         hoist: Collection[str] = HOISTS,
         commit: str = COMMITS[0],
         evaluated: Sequence[bool] | None = None,
+        rules: SlotRules = SlotRules(),  # noqa: B008 (frozen)
+        looked_up: Sequence[Buffers] | None = None,
     ):
         self.engine, self.schedule, self.guidance, self.noise = engine, schedule, guidance, noise
         self.mode, self.window_frames, self.timings, self._hoist = mode, window_frames, timings, hoist
+        self.rules = rules
+        self._looked_up = [{}] * guidance.num_sets if looked_up is None else list(looked_up)
         self._clean_commit = commit == "clean"
         self._evaluated = [True] * schedule.num_steps if evaluated is None else list(evaluated)
         self.dit, self.time_embed = engine.load("dit_inplace" if in_place else "dit"), engine.load("time_embed")
         if in_place:
-            self.cache = InPlaceCache(engine, self.dit, guidance.num_sets, window_frames)
+            self.cache = InPlaceCache(engine, self.dit, guidance.num_sets, window_frames, sink=rules.sink)
         else:
             clip = mode == "clip"
-            self.cache = ConcatCache(engine, self.dit, guidance.num_sets, chunk_frames, window_frames, clip=clip)
+            self.cache = ConcatCache(
+                engine, self.dit, guidance.num_sets, chunk_frames, window_frames, clip=clip, sink=rules.sink
+            )
         self._slots: dict[int, _Slots] = {}
         self._reference: _Slots | None = None  # where it is computed anew for every chunk
 
@@ -118,6 +145,10 @@ class Denoiser:
         """Tokens and modulation per set for F slots, to be written in place. Who gives others to `generate` has them copied."""
         conditions = self._slots_of(num_slots).conditions
         return [each["condition_tokens"] for each in conditions], [each["expression_modulation"] for each in conditions]
+
+    def slot_conditions(self, num_slots: int) -> list[dict[str, Buffer]]:
+        """Per set everything that chunks of F slots are conditioned on, by the names of the transformer's inputs."""
+        return self._slots_of(num_slots).conditions
 
     def set_reference(self, tokens: list[Buffer], modulation: list[Buffer]) -> None:
         """Compute the sink once per portrait: one slot at timestep 0 that attends only to itself. Per set [1,1,...]."""
@@ -136,13 +167,17 @@ class Denoiser:
         """Clean latents [1, C, N, h, w] of the chunk's frames; the array is reused by the next chunk of this size."""
         _, num_slots, *_ = chunk.tokens[0].shape
         slots = self._slots_of(num_slots)
-        if "reference" not in self._hoist and self.mode == "stream":
+        if self._reference is not None:
             with self.timings("reference"):
                 kept = self._reference.conditions
                 names = "condition_tokens", "expression_modulation"
                 self._commit_reference(self._reference, *([each[name] for each in kept] for name in names))
-        self.noise.draw(chunk.first_frame, slots.frames.shape[2], 0, slots.frames)
         used = self._place(slots, chunk)
+        if chunk.given is not None:
+            slots.frames[...] = chunk.given
+            self._commit(slots, chunk, used)
+            return slots.frames
+        self.noise.draw(chunk.first_frame, slots.frames.shape[2], 0, slots.frames)
         for step in range(self.schedule.num_steps):
             with self.timings("step"):
                 if self._evaluated[step]:
@@ -182,7 +217,7 @@ class Denoiser:
             slots.positions.array[:] = np.arange(num_slots)
         else:
             frames = np.arange(first, first + num_slots)
-            slots.positions.array[:] = frame_positions(frames, first + num_slots, self.window_frames)
+            slots.positions.array[:] = frame_positions(frames, first + num_slots, self.window_frames, self.rules.sink)
         slots.positions.send()
         return self.cache.place(first, num_slots)
 
@@ -231,6 +266,6 @@ class Denoiser:
             inputs, outputs = self.cache.tensors(index, len(slots.positions.array), used)
             own = {"noise_latents": slots.x.buffer, "positions": slots.positions.buffer}
             _, time = slots.embed_time[step]
-            inputs = {**own, **slots.conditions[index], **time, **inputs}
+            inputs = {**own, **slots.conditions[index], **self._looked_up[index], **time, **inputs}
             slots.calls[key] = self.dit.bind(inputs, {"velocity": slots.velocity.buffer, **outputs})
         slots.calls[key]()

@@ -10,7 +10,7 @@ import numpy as np
 from factorportrait.errors import UserError
 from factorportrait.runtime import solvers
 
-FACTORS = ("reference", "expression", "pose", "camera")
+FACTORS = ("reference", "expression", "pose", "camera", "text")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import numpy as np
 
 from factorportrait.bundle import NEUTRAL_CODE, Bundle
 from factorportrait.engines.base import Engine, run_once
+from factorportrait.engines.chain import ChainedEngine, stage_names
 from factorportrait.engines.choose import open_engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.cache import choose_cache
 from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
 from factorportrait.runtime.embedding import choose_embedding
+from factorportrait.runtime.looked_up import LookedUp
 from factorportrait.runtime.loop import COMMITS, HOISTS, Denoiser
 from factorportrait.runtime.pipeline import Pipeline, choose_overlap
 from factorportrait.runtime.schedule import (
@@ -29,6 +31,7 @@ from factorportrait.runtime.schedule import (
 )
 from factorportrait.runtime.timing import Timings
 from factorportrait.runtime.vae import StreamingVAE, to_pictures
+from factorportrait.runtime.wan import WanConditions, WanEncoder, slot_rules, wan_guidance
 
 # Loaded when a bundle is opened. The transformer comes with the first session, which decides between `dit` and `dit_inplace`.
 STAGES = (
@@ -65,6 +68,7 @@ class SessionOptions:
             at the same time. The pictures are the same.
         quick_start: the first chunk is one latent frame and the second one shorter, so that the first picture comes early. A
             checkpoint trained on whole chunks alone has not seen such a start.
+        prompt_embeddings, negative_embeddings, image_embeddings: files, see `factorportrait.runtime.looked_up.LookedUp`.
     """
 
     mode: str | None = None
@@ -81,6 +85,9 @@ class SessionOptions:
     guidance_steps: int | None = None
     overlap: str = "none"
     quick_start: bool = False
+    prompt_embeddings: Path | None = None
+    negative_embeddings: Path | None = None
+    image_embeddings: Path | None = None
 
     def resolve(self, config: ModelConfig) -> SessionOptions:
         """Fill in the checkpoint's values.
@@ -171,18 +178,15 @@ def open_bundle(
     bundle = Bundle(path)
     if verify:
         bundle.verify()
-    if any(spec.name.startswith("text_k.") for spec in bundle.stage("dit").inputs):
-        raise UserError(
-            f"bundle {bundle.path}",
-            expected="a transformer without cross-attention to text",
-            found="one with it",
-            action="export a checkpoint without dit.text_dim: this version runs no text",
-        )
     loaded, reason = open_engine(
         bundle, engine, threads=threads, eager=eager, spin=spin, checkpoint=checkpoint, device=device, plans=plans, notice=notice
     )
+    stages = bundle.manifest.target_stages(loaded.target)
+    if stage_names(stages) != set(stages):
+        loaded = ChainedEngine(loaded, bundle)
     for name in STAGES:
-        loaded.load(name)
+        if name in stages:
+            loaded.load(name)
     return OpenBundle(bundle, loaded, load_s=time.perf_counter() - start, engine_reason=reason)
 
 
@@ -226,10 +230,13 @@ class Session:
         self.config = opened.config
         self.options = options = options.resolve(self.config)
         self.timings = Timings()
-        engine, stages = opened.engine, opened.bundle.manifest.target_stages(opened.engine.target)
+        engine, stages = opened.engine, stage_names(opened.bundle.manifest.target_stages(opened.engine.target))
+        is_wan = not self.config.conditioning.shows_expression
         guidance = parse_guidance(options.guidance, options.steps)
         if options.guidance_steps is not None:
             guidance = limit_guidance(guidance, options.guidance_steps)
+        if is_wan:
+            guidance = wan_guidance(guidance)
         generation = self.config.generation
         schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
         noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))
@@ -240,19 +247,32 @@ class Session:
                 options.cache, engine_in_place=engine.in_place, stages=stages,
                 chunk_frames=options.chunk_frames, window_frames=options.window_frames,
             )  # fmt: skip
+        self._looked_up = LookedUp(
+            opened.bundle, engine, guidance, prompt=options.prompt_embeddings, negative=options.negative_embeddings,
+            image=options.image_embeddings,
+        )  # fmt: skip
         self._denoiser = Denoiser(
             engine, schedule, guidance, noise, mode=options.mode, chunk_frames=options.chunk_frames,
             window_frames=options.window_frames, timings=self.timings, in_place=in_place,
             hoist=hoist, commit=options.commit,
             evaluated=kept_steps(embedded_steps(engine, schedule), options.step_cache) if options.step_cache else None,
+            rules=slot_rules(self.config), looked_up=self._looked_up.tensors,
         )  # fmt: skip
-        self._encoder = GroupEncoder(self.config, engine, self.timings, reuse="features" in hoist)
-        fused, self.embedding_reason = choose_embedding(options.embedding, config=self.config, arrays=constants, engine=engine)
-        self.embedding = "graph" if fused is None else "fused"
-        self._builder = ConditionBuilder(
-            self.config, engine, guidance, constants[NEUTRAL_CODE], self.timings, self._denoiser.condition_buffers, clip=clip,
-            fused=fused, hoist=hoist,
-        )  # fmt: skip
+        if is_wan:
+            self.embedding, self.embedding_reason = "graph", "the fused one is FactorPortrait's"
+            self._encoder = WanEncoder(self.config, engine, self.timings)
+            self._builder = WanConditions(
+                self.config, engine, guidance, self._denoiser, self._encoder, self._looked_up, constants, self.timings,
+                options.chunk_frames,
+            )  # fmt: skip
+        else:
+            self._encoder = GroupEncoder(self.config, engine, self.timings, reuse="features" in hoist)
+            fused, self.embedding_reason = choose_embedding(options.embedding, config=self.config, arrays=constants, engine=engine)
+            self.embedding = "graph" if fused is None else "fused"
+            self._builder = ConditionBuilder(
+                self.config, engine, guidance, constants[NEUTRAL_CODE], self.timings, self._denoiser.condition_buffers, clip=clip,
+                fused=fused, hoist=hoist,
+            )  # fmt: skip
         self._decoder = StreamingVAE(engine, "decode")
         self.overlap, self.overlap_reason = choose_overlap(options.overlap, engine)
         self._restart()
@@ -300,9 +320,12 @@ class Session:
         self._restart()
         self._started = self._chunk_before = time.perf_counter()
         with self.timings("reference"):
-            tokens, modulation = self._builder.reference(self._encoder.encode_reference(portrait))
-            if self.options.mode == "stream":
-                self._denoiser.set_reference(tokens, modulation)
+            if isinstance(self._builder, WanConditions):
+                self._builder.set_portrait(portrait)
+            else:
+                tokens, modulation = self._builder.reference(self._encoder.encode_reference(portrait))
+                if self.options.mode == "stream":
+                    self._denoiser.set_reference(tokens, modulation)
             self._has_reference = True
 
     def push(self, frame: DrivingFrame) -> list[np.ndarray]:
@@ -436,7 +459,8 @@ class Session:
         return work
 
     def _generate(self, work: _Work) -> np.ndarray:
-        return self._denoiser.generate(self._builder.chunk(work.groups, work.first_frame))
+        latents = self._denoiser.generate(self._builder.chunk(work.groups, work.first_frame))
+        return self._builder.frames_of(latents) if isinstance(self._builder, WanConditions) else latents
 
     def _decode(self, latents: np.ndarray, num_frames: int) -> list[np.ndarray]:
         """Clean latents [1,C,N,h,w] -> their first `num_frames` pictures."""

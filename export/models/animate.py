@@ -117,13 +117,13 @@ class FoldedMotionEncoder(nn.Module):
 
     def __init__(self, encoder: MotionEncoder):
         super().__init__()
-        self.encoder = encoder
+        self.motion_encoder = encoder
         with torch.no_grad():
             self.register_buffer("basis", encoder.basis().T.contiguous(), persistent=False)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """pictures [B,3,S,S] in -1..1 -> motion codes [B,code_dim]."""
-        amounts = self.encoder.amounts(pictures)
+        amounts = self.motion_encoder.amounts(pictures)
         return (amounts.float() @ self.basis).to(amounts.dtype)
 
 

@@ -36,13 +36,7 @@ class FactorPortrait(nn.Module):
         self.config = config
         self.vae = VideoVAE(config.vae)
         self.dit = WanDiT(config.dit, config.fusion, config.latent_height, config.latent_width)
-        self.expression = nn.ModuleDict(
-            {
-                "encoder": ExpressionEncoder(config.expression),
-                "arkit": ArkitEncoder(config.expression),
-                "controller": ExpressionController(config.expression, config.dit.dim),
-            }
-        )
+        self.expression = expression_networks(config)
 
     def clip_modulation(self, codes: Tensor) -> Tensor:
         """codes of frame groups [B,4N,E] -> modulation of all slots [B,1+N,6,D]."""
@@ -83,6 +77,17 @@ class FactorPortrait(nn.Module):
             mask=mask,
         )
         return velocity[:, :, 1:]
+
+
+def expression_networks(config: ModelConfig) -> nn.ModuleDict:
+    """Picture or ARKit coefficients -> code, codes -> modulation."""
+    return nn.ModuleDict(
+        {
+            "encoder": ExpressionEncoder(config.expression),
+            "arkit": ArkitEncoder(config.expression),
+            "controller": ExpressionController(config.expression, config.dit.dim),
+        }
+    )
 
 
 def stream_mask(chunks: list[int], window_frames: int, tokens_per_frame: int) -> Tensor:

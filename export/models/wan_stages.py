@@ -15,7 +15,7 @@ from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.models.taehv import TinyDecoder
 from factorportrait.export.models.vae_stages import _FirstStage, _SteadyStage
 from factorportrait.export.stages import EXAMPLE_BATCH, EXAMPLE_FRAMES, Stage, only
-from factorportrait.model_config import FRAMES_PER_LATENT
+from factorportrait.model_config import FRAMES_PER_LATENT, DiTConfig, FusionConfig
 
 # What embeds an input that is no stream of the patch embedding.
 _PARTS = {"pose_latents": "pose_patch_embedding", "rays": "control_adapter"}
@@ -78,43 +78,60 @@ class FaceTokens(nn.Module):
         return tuple(tensor for adapter in self.adapters for tensor in adapter.keys_values(tokens))
 
 
-def wan_stages(dit: WanDiT) -> list[Stage]:
-    """Stages of the conditions that a config has, batch 1 but for the motion encoder; keys and values of text and picture apart."""
+def condition_stages(config: DiTConfig, fusion: FusionConfig) -> dict[str, tuple[str, ...]]:
+    """Names of the stages that a config asks for, and which parts of the transformer each takes.
+
+    Keys and values of text and picture are apart: see `ContextStage`.
+    """
+    stages: dict[str, tuple[str, ...]] = {}
+    if set(fusion.streams) != {"noise"}:
+        added = ("pose_patch_embedding",) if config.pose_channels is not None else ()
+        added += ("control_adapter",) if config.ray_adapter is not None else ()
+        stages["condition_embed"] = ("patch_embedding", *added)
+    if config.reference_channels is not None:
+        stages["reference_embed"] = ("ref_conv",)
+    elif config.pose_channels is not None:
+        stages["reference_embed"] = ("patch_embedding",)
+    if config.face is not None:
+        stages |= {"motion_encoder": ("motion_encoder",), "face_embed": ("face_encoder", "face_adapter")}
+    return stages
+
+
+def wan_stage(dit: WanDiT, name: str) -> Stage:
+    """A stage of `condition_stages`, batch 1 but for the motion encoder; of the transformer it takes what is said there."""
     config, fusion = dit.config, dit.fusion
+    if name not in condition_stages(config, fusion):
+        raise ValueError(f"expected a stage of {', '.join(condition_stages(config, fusion)) or 'none'}, found {name}")
     rows, columns = (side * config.patch_size[1] for side in dit.grid)
 
     def latents(channels: int, frames: int = EXAMPLE_FRAMES, scale: int = 1) -> Tensor:
         return torch.zeros(1, channels, frames, rows * scale, columns * scale)
 
-    stages = []
-
-    def add(name: str, module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], sizes: dict[str, dict] | None = None):
-        stages.append(Stage(name, module.eval(), tuple(inputs.values()), list(inputs), outputs, sizes))
-
+    sizes, outputs = None, ["condition_tokens"]
     streams = {f"{stream}_latents": latents(fusion.channels(stream)) for stream in fusion.streams if stream != "noise"}
-    if streams:
+    if name == "condition_embed":
         inputs = dict(streams)
         if config.pose_channels is not None:
             inputs["pose_latents"] = latents(config.pose_channels)
         if config.ray_adapter is not None:
             inputs["rays"] = latents(config.ray_adapter.channels, scale=config.ray_adapter.downscale)
         sizes = {name: {2: "F"} for name in inputs}
-        add("condition_embed", ConditionTokens(dit, list(inputs)), inputs, ["condition_tokens"], sizes)
-    if config.reference_channels is not None:
+        module = ConditionTokens(dit, list(inputs))
+    elif name == "reference_embed" and config.reference_channels is not None:
         inputs = {"reference_latents": latents(config.reference_channels, 1)}
-        add("reference_embed", ReferenceTokens(dit), inputs, ["condition_tokens"])
-    if config.pose_channels is not None:
+        module = ReferenceTokens(dit)
+    elif name == "reference_embed":
         # Slot 0 is the portrait, which has no pose: the pose's embedding, its bias too, is left out.
         inputs = {name: value[:, :, :1] for name, value in streams.items()}
-        add("reference_embed", ConditionTokens(dit, list(inputs)), inputs, ["condition_tokens"])
-    if config.face is not None:
-        size = config.face.image_size
-        inputs = {"image": torch.zeros(EXAMPLE_BATCH, 3, size, size)}
-        add("motion_encoder", FoldedMotionEncoder(dit.motion_encoder), inputs, ["code"], {"image": {0: "B"}})
+        module = ConditionTokens(dit, list(inputs))
+    elif name == "motion_encoder":
+        inputs = {"image": torch.zeros(EXAMPLE_BATCH, 3, config.face.image_size, config.face.image_size)}
+        module, outputs, sizes = FoldedMotionEncoder(dit.motion_encoder), ["code"], {"image": {0: "B"}}
+    else:
         inputs = {"codes": torch.zeros(1, FRAMES_PER_LATENT * EXAMPLE_FRAMES, config.face.code_dim)}
-        names = [f"face_{part}.{i}" for i in range(len(dit.face_adapter["fuser_blocks"])) for part in "kv"]
-        add("face_embed", FaceTokens(dit), inputs, names, {"codes": {1: "4*F"}})
-    return stages
+        module, sizes = FaceTokens(dit), {"codes": {1: "4*F"}}
+        outputs = [f"face_{part}.{i}" for i in range(len(dit.face_adapter["fuser_blocks"])) for part in "kv"]
+    return Stage(name, module.eval(), tuple(inputs.values()), list(inputs), outputs, sizes)
 
 
 def tiny_decoder_stages(decoder: TinyDecoder, height: int, width: int) -> list[Stage]:

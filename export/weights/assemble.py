@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from factorportrait.errors import CheckpointError
-from factorportrait.export.models.factorportrait import FactorPortrait
+from factorportrait.export.models.factorportrait import FactorPortrait, expression_networks
 from factorportrait.export.weights.fill import fill
 from factorportrait.export.weights.networks import Opened, with_streams
 from factorportrait.model_config import ModelConfig
@@ -51,19 +52,7 @@ def factorportrait_on(
     fill(model.dit, tensors, transformer.where, dtype=dtype, config="structure")
     fill(model.vae, vae.tensors, vae.where, dtype=dtype, config="structure")
     model.dit._build_rotary_tables()
-    expression = model.expression.to_empty(device="cpu")
-    with torch.random.fork_rng(devices=()), torch.no_grad():
-        torch.manual_seed(seed)
-        for module in expression.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        controller = expression["controller"]
-        controller.neutral_code.zero_()
-        for parameter in controller.projection[-1].parameters():
-            parameter.zero_()
-        for name, parameter in expression.named_parameters():
-            if not parameter.isfinite().all():
-                raise RuntimeError(f"expression.{name} was not initialised")
+    model.expression = expression = draw_expression(config, seed)
     if dtype is not None:
         expression.to(dtype)
     notes = (
@@ -71,3 +60,18 @@ def factorportrait_on(
         "expression encoder, ARKit map and controller: drawn, untrained; the controller's last layer is zero",
     )
     return model.eval().requires_grad_(False), (*transformer.notes, *vae.notes, *notes)
+
+
+def draw_expression(config: ModelConfig, seed: int = 0) -> nn.ModuleDict:
+    """FactorPortrait's expression encoder, ARKit map and controller, drawn; no release has them.
+
+    The neutral code and the controller's last layer are zero: the modulation is the backbone's own.
+    """
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(seed)
+        networks = expression_networks(config)
+        controller = networks["controller"]
+        controller.neutral_code.zero_()
+        for parameter in controller.projection[-1].parameters():
+            parameter.zero_()
+    return networks.eval().requires_grad_(False)

@@ -44,7 +44,7 @@ def fill(
     check_dtypes(tensors, where)
     values = {}
     for name in expected:
-        values[name] = _checked(tensors[name].load(), name, where, dtype)
+        values[name] = checked(tensors[name].load(), name, where, dtype)
         on_tensor(name)
     module.load_state_dict(values, assign=True)
 
@@ -112,7 +112,8 @@ def summary(tensors: Mapping[str, LazyTensor]) -> str:
     return f"{len(tensors)} weights ({kinds}), {count / 1e9:.4f} billion parameters, {size:.2f} GiB"
 
 
-def _checked(tensor: Tensor, name: str, where: str | Path, dtype: torch.dtype | None) -> Tensor:
+def checked(tensor: Tensor, name: str, where: str | Path, dtype: torch.dtype | None) -> Tensor:
+    """A value as it was read, cast to `dtype` if there is one. Raises CheckpointError where it is not finite."""
     # The extremes carry NaN and infinity on, and take no second tensor to find.
     if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise CheckpointError(
