@@ -18,7 +18,6 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from factorportrait.errors import CheckpointError, UserError
 from factorportrait.files import whole_folder
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.cache import KINDS as CACHES
+from factorportrait.runtime.pipeline import default_threads, num_cores
 from factorportrait.runtime.session import SessionOptions
 from factorportrait.shipped import (
     DEMO_NAME,
@@ -59,6 +59,12 @@ class ExportFailed(UserError):
     """fp-export could not make a bundle that a case needs: a failure of the program, not something that is missing here."""
 
 
+# Keys of a case that older reports have not, and what those ran with.
+NEWER = {
+    "embedding": "auto", "hoist": "all", "overlap": "none", "commit": "clean", "step_cache": 0.0, "guidance_steps": None,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     """One measurement. None takes what the bundle, or the machine, says.
@@ -71,6 +77,7 @@ class Case:
         checkpoint: of a bundle folder of one's own, for its rows in PyTorch.
         engine: the row that the others are compared with; peers: the other rows, see benchmarks/peers.
         cache: how keys and values are kept (stream mode): auto, inplace or concat.
+        embedding, hoist, overlap, commit, step_cache, guidance_steps: see `factorportrait.runtime.session.SessionOptions`.
         threads: of one operator; None for every core.
         frames: of one repetition. The last chunk should be whole: an incomplete one is not steady.
         io: the shipped driving is read and rendered, and a video written, inside the measured time.
@@ -95,6 +102,12 @@ class Case:
     chunk: int | None = None
     guidance: str = "1"
     cache: str = "auto"
+    embedding: str = "auto"
+    hoist: str = "all"
+    overlap: str = "none"
+    commit: str = "clean"
+    step_cache: float = 0.0
+    guidance_steps: int | None = None
     threads: int | None = None
     frames: int = 57
     target_fps: float | None = None
@@ -158,6 +171,8 @@ class Case:
             "cold_start", "memory_gib",
         }  # fmt: skip
         config = {key: value for key, value in dataclasses.asdict(self).items() if key not in left_out}
+        # What is as it always was is not said, so that reports can be compared with older ones.
+        config = {key: value for key, value in config.items() if key not in NEWER or value != NEWER[key]}
         if self.bundle is not None:
             config["bundle"] = Path(self.bundle).name
         return config
@@ -350,7 +365,10 @@ def _digest(config: ModelConfig) -> str:
 
 def session_options(case: Case) -> SessionOptions:
     """How the case generates."""
-    return SessionOptions(case.mode, case.steps, case.guidance, 0, case.chunk, case.window, case.cache)
+    return SessionOptions(
+        case.mode, case.steps, case.guidance, 0, case.chunk, case.window, case.cache,
+        **{name: getattr(case, name) for name in NEWER},
+    )  # fmt: skip
 
 
 def resolve(case: Case, config: ModelConfig) -> Case:
@@ -362,9 +380,10 @@ def resolve(case: Case, config: ModelConfig) -> Case:
     options = session_options(case).resolve(config)
     case = replace(
         case, mode=options.mode, steps=options.steps, chunk=options.chunk_frames, window=options.window_frames,
-        threads=case.threads or len(os.sched_getaffinity(0)), target_fps=case.target_fps or config.fps, resolution=config.height,
+        threads=case.threads or default_threads(case.overlap) or num_cores(), target_fps=case.target_fps or config.fps,
+        resolution=config.height,
     )  # fmt: skip
-    if case.threads > (cores := len(os.sched_getaffinity(0))):
+    if case.threads > (cores := num_cores()):
         raise UserError(
             f"case {case.name}: threads", expected=f"at most {cores}, the cores here", found=str(case.threads), action="use fewer"
         )

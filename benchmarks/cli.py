@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from factorportrait.benchmarks.loop_commands import add_loop_commands
 from factorportrait.benchmarks.report_commands import add_report_commands
 from factorportrait.command import run_command
 from factorportrait.errors import UserError
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add_run(commands)
     add_quality(commands)
     add_report_commands(commands)
+    add_loop_commands(commands)
     return parser
 
 

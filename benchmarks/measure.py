@@ -407,7 +407,7 @@ def arrival_ms(repetition: Repetition, fps: float | None) -> list[float]:
             arrivals.append(arrival)
             now = max(now, arrival) + push
         if chunk.steady:
-            found += [now - arrival for arrival in arrivals]
+            found += chunk.arrival_ms or [now - arrival for arrival in arrivals]
     return found
 
 

@@ -25,7 +25,8 @@ mode); chunks before that are cheaper and stand in the raw samples alone.
 **Latency, three ways.** `per_frame`: a chunk's wall time divided by its frames (each chunk counts once per frame).
 `per_chunk`: the wall time itself. `arrival`: from a driving frame's arrival to its picture, the wait for the rest of
 the chunk included; arrivals are replayed at `arrival_fps` through the measured push times, one server, first come
-first served. `arrival_fps` is the case's target where the measured throughput reaches it; otherwise null, and frames
+first served; where stages overlap they are measured, with a driving that is read as fast as it is taken.
+`arrival_fps` is the case's target where the measured throughput reaches it; otherwise null, and frames
 arrive exactly when the session is free to take them. `deadline_misses`: share of frames that are not there when a
 player wants them that shows `target_fps` pictures a second, two chunks behind a driving of that rate: while one chunk
 is being collected, the one before may be computed.
@@ -156,6 +157,8 @@ class Chunk:
         wall_ms: since the chunk before was ready; of the first chunk, since the first push.
         push_ms: of every driving frame that was taken for it, in order; the last one gave the pictures.
         stage_ms: wall time by stage.
+        arrival_ms: of every driving frame whose picture is in the chunk, from when it was taken until that was there; where stages
+            overlap, since there it does not follow from `push_ms`.
     """
 
     frames: int
@@ -164,6 +167,7 @@ class Chunk:
     wall_ms: float
     push_ms: tuple[float, ...]
     stage_ms: Mapping[str, float]
+    arrival_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class Denoiser:
             return slots.frames
         self.noise.draw(chunk.first_frame, slots.frames.shape[2], 0, slots.frames)
         for step in range(self.schedule.num_steps):
-            with self.timings("step"):
+            with self.timings("step", step):
                 if self._evaluated[step]:
                     self._repeat(slots, chunk, step)
                     self._predict(slots, step, used, chunk.first_frame)

@@ -226,6 +226,8 @@ class Session:
     ...     show(picture)
     """
 
+    denoiser_class = Denoiser
+
     def __init__(self, opened: OpenBundle, options: SessionOptions):
         self.config = opened.config
         self.options = options = options.resolve(self.config)
@@ -251,7 +253,7 @@ class Session:
             opened.bundle, engine, guidance, prompt=options.prompt_embeddings, negative=options.negative_embeddings,
             image=options.image_embeddings,
         )  # fmt: skip
-        self._denoiser = Denoiser(
+        self._denoiser = self.denoiser_class(
             engine, schedule, guidance, noise, mode=options.mode, chunk_frames=options.chunk_frames,
             window_frames=options.window_frames, timings=self.timings, in_place=in_place,
             hoist=hoist, commit=options.commit,

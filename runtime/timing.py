@@ -15,11 +15,12 @@ KEPT_CHUNKS = 4096
 
 
 class Span(NamedTuple):
-    """When a stage ran, by `time.perf_counter_ns`."""
+    """When a stage ran, by `time.perf_counter_ns`; index: which denoising step it was."""
 
     stage: str
     start_ns: int
     end_ns: int
+    index: int | None = None
 
 
 class Timings:
@@ -29,9 +30,9 @@ class Timings:
     caller does in between. `wall`: since the chunk before (the first: since the reference), with everything: reading and rendering
     the driving, writing the video, and waiting.
 
-    `spans` is None, or a list that every run of a stage is appended to; whoever sets it takes them out again. The denoising
-    steps of a chunk are its spans "step" in order. `wait` is None, or called at the end of every stage: calls on a device return
-    before it is done, so its stages can be told apart only when each is waited for.
+    `spans` is None, or a list that every run of a stage is appended to when it ends; whoever sets it takes them out again.
+    Stages may run at the same time (`factorportrait.runtime.pipeline`). `wait` is None, or called at the end of every stage: calls
+    on a device return before it is done, so its stages can be told apart only when each is waited for.
     """
 
     def __init__(self):
@@ -45,7 +46,7 @@ class Timings:
         self._chunks: deque[tuple[float, float, int]] = deque(maxlen=KEPT_CHUNKS)
 
     @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, stage: str, index: int | None = None) -> Iterator[None]:
         start_ns = time.perf_counter_ns()
         try:
             yield
@@ -56,7 +57,7 @@ class Timings:
             self.seconds[stage] += 1e-9 * (end_ns - start_ns)
             self.calls[stage] += 1
             if self.spans is not None:
-                self.spans.append(Span(stage, start_ns, end_ns))
+                self.spans.append(Span(stage, start_ns, end_ns, index))
 
     def add_chunk(self, busy_s: float, wall_s: float, num_frames: int) -> None:
         """A chunk of so many pictures is ready."""

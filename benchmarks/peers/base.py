@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -96,19 +96,22 @@ class ChunkClock:
         else:
             self.pushes.append(duration)
 
-    def chunk(self, frames: int, past_frames: int, steady: bool, end_ns: int) -> None:
+    def chunk(self, frames: int, past_frames: int, steady: bool, end_ns: int, arrival_ms: tuple[float, ...] = ()) -> None:
         """A chunk is ready."""
         stages: dict[str, int] = {}
         spans = []
-        for span in number_steps(self.spans):
-            stages[span.stage] = stages.get(span.stage, 0) + span.end_ns - span.start_ns
-            spans.append(Span(span.stage, milliseconds(span.start_ns - self.begin_ns), milliseconds(span.end_ns - self.begin_ns)))
+        # A stage counts for the chunk in which it ends. Other threads may append meanwhile: that is for the next one.
+        ended = self.spans[:]
+        del self.spans[: len(ended)]
+        for span in ended:
+            name, start_ns = stage_name(span), max(span.start_ns, self.begin_ns)
+            stages[name] = stages.get(name, 0) + span.end_ns - span.start_ns
+            spans.append(Span(name, milliseconds(start_ns - self.begin_ns), milliseconds(span.end_ns - self.begin_ns)))
         stage_ms = {name: milliseconds(duration) for name, duration in stages.items()}
         wall_ms = milliseconds(end_ns - self.begin_ns)
         stage_ms[OTHER] = round(wall_ms - covered_ms(spans), 6)
-        self.chunks.append(Chunk(frames, past_frames, steady, wall_ms, tuple(self.pushes), stage_ms))
+        self.chunks.append(Chunk(frames, past_frames, steady, wall_ms, tuple(self.pushes), stage_ms, arrival_ms))
         self.spans_ms.append(tuple(spans))
-        self.spans.clear()
         self.pushes.clear()
         self.begin_ns = end_ns
 
@@ -122,11 +125,6 @@ def covered_ms(spans: Sequence[Span]) -> float:
     return total
 
 
-def number_steps(spans: Iterable[timing.Span]) -> Iterable[timing.Span]:
-    """The denoising steps of a chunk, which all are called "step", by their place."""
-    step = 0
-    for span in spans:
-        if span.stage == "step":
-            span = span._replace(stage=f"step.{step}")
-            step += 1
-        yield span
+def stage_name(span: timing.Span) -> str:
+    """The stage as reports call it: denoising steps are told apart."""
+    return span.stage if span.index is None else f"{span.stage}.{span.index}"

@@ -59,7 +59,7 @@ class DiffusersSubject:
             for index in range(num_chunks):
                 start = time.perf_counter_ns()
                 for step in range(case.steps):
-                    with timings("step"):
+                    with timings("step", step):
                         timestep = torch.tensor([1000.0 * (1 - step / case.steps)])
                         self._model(latents, timestep, self._text, return_dict=False)
                 end = time.perf_counter_ns()

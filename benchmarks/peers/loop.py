@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from factorportrait.engines.choose import obstacle
 from factorportrait.engines.tensorrt.machine import find_gpu
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT
-from factorportrait.runtime.session import OpenBundle, open_bundle
+from factorportrait.runtime.session import OpenBundle, Session, open_bundle
 
 
 class LoopSubject:
@@ -35,7 +36,7 @@ class LoopSubject:
 
     def __init__(self, case: Case, opened: OpenBundle):
         self.case, self.opened = case, opened
-        self.session = opened.session(session_options(case))
+        self.session = self.make_session()
         self.startup = Startup(load_s=opened.load_s)
         manifest = opened.bundle.manifest
         self.notes = (
@@ -48,6 +49,10 @@ class LoopSubject:
             flag = opened.engine.zeros((1,), "float32")
             seen = opened.engine.mirror(flag)
             self.session.timings.wait = lambda: opened.engine.copy(flag, seen)
+
+    def make_session(self) -> Session:
+        """The session that is driven."""
+        return self.opened.session(session_options(self.case))
 
     def repeat(self, num_frames: int) -> Sample:
         """See `Subject.repeat`."""
@@ -65,7 +70,7 @@ class LoopSubject:
         clock, first = ChunkClock(spans, begin), None
         expected = frames_of_chunks(case)
 
-        def ready(pictures: list, end: int) -> None:
+        def ready(pictures: list, end: int, arrivals: tuple[float, ...] = ()) -> None:
             nonlocal first
             first = end if first is None else first
             index = len(clock.chunks)
@@ -74,8 +79,19 @@ class LoopSubject:
             if write is not None:
                 write(pictures)
                 end = time.perf_counter_ns()
-            clock.chunk(len(pictures), past, case.mode == "clip" or full, end)
+            clock.chunk(len(pictures), past, case.mode == "clip" or full, end, arrivals)
 
+        if session.overlap != "none":
+            taken: deque[int] = deque()
+            for pictures in session.chunks(_watched(driving, taken)):
+                after = time.perf_counter_ns()
+                arrivals = tuple(milliseconds(after - taken.popleft()) for _ in pictures)
+                # As a player sees them: pictures come at the rate of the chunks.
+                for _ in pictures:
+                    share = (after - clock.begin_ns) // len(pictures)
+                    clock.pushed(after - share, after)
+                ready(pictures, after, arrivals)
+            return Sample(milliseconds(begin - start), milliseconds(first - start), tuple(clock.chunks), tuple(clock.spans_ms))
         for frame in driving:
             before = time.perf_counter_ns()
             pictures = session.push(frame)
@@ -139,6 +155,13 @@ class LoopSubject:
         self.session.finish()
 
 
+def _watched(driving: Iterator, taken: deque[int]) -> Iterator:
+    """The driving, with the time at which each frame was taken."""
+    for frame in driving:
+        taken.append(time.perf_counter_ns())
+        yield frame
+
+
 def frames_of_chunks(case: Case) -> int:
     """Pictures of every chunk of a stream but the first, which has three fewer."""
     return FRAMES_PER_LATENT * case.chunk
@@ -152,8 +175,11 @@ def checkpoint_of(case: Case, folder: Path) -> Path | None:
     return beside if beside.is_dir() else None
 
 
-def _open(case: Case, folder: Path, engine: str, eager: bool = False) -> LoopSubject:
-    return LoopSubject(case, open_bundle(folder, engine=engine, threads=case.threads, eager=eager))
+def _open(case: Case, folder: Path, engine: str, eager: bool = False, overlap: str | None = None) -> LoopSubject:
+    threads = case.threads
+    if overlap is not None:
+        case, threads = replace(case, overlap=overlap), max(1, case.threads // 2) if overlap == "stages" else case.threads
+    return LoopSubject(case, open_bundle(folder, engine=engine, threads=threads, eager=eager))
 
 
 def _open_torch(case: Case, folder: Path, **options) -> LoopSubject:
@@ -197,6 +223,10 @@ TORCH_DEVICE = "cpu" if isinstance(find_gpu(), str) else "cuda"
 LOOPS = (
     _peer("onnxruntime-cpu", "ONNX Runtime on the CPU, bound buffers", "onnxruntime-cpu"),
     _peer("onnxruntime-cpu-eager", "ONNX Runtime on the CPU, calls that allocate every result", "onnxruntime-cpu", eager=True),
+    _peer(
+        "onnxruntime-cpu-stages", "the same with encoder, denoiser and decoder at once, on half of the threads each",
+        "onnxruntime-cpu", overlap="stages",
+    ),
     _peer("onnxruntime-cuda", "ONNX Runtime on an NVIDIA GPU", "onnxruntime-cuda"),
     _peer("tensorrt", "TensorRT plans, replayed as CUDA graphs", "tensorrt"),
     _torch_peer("torch", "PyTorch's modules in the same loop (eager on a CPU, CUDA graphs on a GPU)", _obstacle("torch")),

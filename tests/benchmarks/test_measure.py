@@ -198,20 +198,20 @@ def test_spans_of_a_session_become_chunks():
     spans: list[timing.Span] = []
     clock = ChunkClock(spans, begin_ns=1_000_000)
     for step, (start, end) in enumerate([(2, 5), (5, 9)]):
-        spans.append(timing.Span("step", start * 1_000_000, end * 1_000_000))
+        spans.append(timing.Span("step", start * 1_000_000, end * 1_000_000, step))
         clock.pushed((2 + step) * 1_000_000, (3 + step) * 1_000_000)
     spans.append(timing.Span("decode", 9_000_000, 11_000_000))
     clock.pushed(9_000_000, 12_000_000, same_frame=True)
     clock.chunk(2, 0, True, 13_000_000)
-    spans.append(timing.Span("step", 14_000_000, 15_000_000))
+    spans.append(timing.Span("step", 12_000_000, 15_000_000, 0))  # begun in the chunk before, by another thread
     clock.pushed(13_000_000, 16_000_000)
-    clock.chunk(1, 1, True, 16_000_000)
+    clock.chunk(1, 1, True, 16_000_000, (4.0,))
     first, second = clock.chunks
     assert first.stage_ms == pytest.approx({"step.0": 3, "step.1": 4, "decode": 2, "other": 3})
     assert first.wall_ms == pytest.approx(12) == sum(first.stage_ms.values())
     assert first.push_ms == pytest.approx((1, 4)), "the end of the clip belongs to its last frame"
-    assert second.stage_ms == pytest.approx({"step.0": 1, "other": 2}) and second.wall_ms == pytest.approx(3)
-    assert clock.spans_ms[1][0].start_ms == pytest.approx(1) and not spans
+    assert second.stage_ms == pytest.approx({"step.0": 3, "other": 1}) and second.wall_ms == pytest.approx(3)
+    assert clock.spans_ms[1][0].start_ms == 0 and second.arrival_ms == (4.0,) and not spans
 
 
 def test_time_is_other_only_where_no_stage_ran():
