@@ -6,6 +6,7 @@ OUT ?= out
 BENCH ?= docs/bench
 # Of `make pareto`. Clips long enough for a full window.
 PARETO_PRECISIONS ?= fp32 int8
+PARETO_WAYS := steps window commit cache-0.7 cache-1 guidance guidance-steps
 PARETO_CLIPS ?= --identities 8 --frames 29
 PARETO_RUN ?=
 # Where torch comes from. Without an NVIDIA GPU: wheels without CUDA, gigabytes smaller; if that index cannot be reached, or
@@ -35,18 +36,25 @@ bench-smallest: $(STAMP_DEV)
 	$(BIN)/fp-bench run --cases smallest --quick --output $(OUT)/bench-smallest
 	$(BIN)/fp-bench report $(OUT)/bench-smallest
 
-# Quality beside speed over precision, steps and window: $(OUT)/pareto/pareto.html. PARETO_PRECISIONS="fp32 fp16 int8" for more.
+# Quality beside speed over precision, steps, window and the approximations: $(OUT)/pareto/pareto.html.
+# PARETO_PRECISIONS="fp32 fp16 int8" for more.
 pareto: $(STAMP_DEV)
 	set -e; for precision in $(PARETO_PRECISIONS); do \
 		bundle=$(OUT)/demo-$$precision; report=$(OUT)/pareto/$$precision; \
 		$(BIN)/fp-export --precision $$precision --output $$bundle; \
 		$(BIN)/fp-bench run $$bundle --cases pareto $(PARETO_RUN) --output $$report-latency; \
-		$(BIN)/fp-bench quality $$bundle --steps 1,2,4,8 $(PARETO_CLIPS) --output $$report-steps; \
-		$(BIN)/fp-bench quality $$bundle --steps 4 --window 3 $(PARETO_CLIPS) --output $$report-window; \
+		$(BIN)/fp-bench quality $$bundle --steps 1,2,4,8 $(PARETO_CLIPS) --self-only --output $$report-steps; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --window 3 $(PARETO_CLIPS) --self-only --output $$report-window; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --commit last-step $(PARETO_CLIPS) --self-only --output $$report-commit; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --step-cache 0.7 $(PARETO_CLIPS) --self-only --output $$report-cache-0.7; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --step-cache 1 $(PARETO_CLIPS) --self-only --output $$report-cache-1; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --guidance 1.5 $(PARETO_CLIPS) --self-only --output $$report-guidance; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --guidance 1.5 --guidance-steps 2 $(PARETO_CLIPS) --self-only \
+			--output $$report-guidance-steps; \
 	done
 	$(BIN)/fp-bench pareto --output $(OUT)/pareto/pareto.html \
 		--latency $(addsuffix -latency,$(addprefix $(OUT)/pareto/,$(PARETO_PRECISIONS))) \
-		--quality $(foreach precision,$(PARETO_PRECISIONS),$(OUT)/pareto/$(precision)-steps $(OUT)/pareto/$(precision)-window)
+		--quality $(foreach precision,$(PARETO_PRECISIONS),$(addprefix $(OUT)/pareto/$(precision)-,$(PARETO_WAYS)))
 
 test: $(STAMP_DEV)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

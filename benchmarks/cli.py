@@ -76,6 +76,11 @@ def add_quality(commands) -> None:
     command.add_argument("--modes", default="frontal,novel,orbit,all", help="kinds of clips, in turn (default: all four)")
     command.add_argument("--generation", choices=("stream", "clip"), help="default: stream where the checkpoint allows it")
     command.add_argument("--window", type=int, help="latent frames that a chunk of a stream sees (default: the checkpoint's)")
+    command.add_argument("--self-only", action="store_true", help="people driven by themselves alone: enough for fp-bench pareto")
+    command.add_argument("--guidance", default="1", help="these four as for fp-run")
+    command.add_argument("--guidance-steps", type=int, metavar="N")
+    command.add_argument("--commit", default="clean", metavar="KIND")
+    command.add_argument("--step-cache", type=float, default=0.0, metavar="X")
     command.add_argument("--stream", type=int, default=0, metavar="N", help="also one stream of N frames, for drift and seams")
     command.add_argument("--seed", type=int, default=0, help="of people, motions and noise")
     command.add_argument("--data", type=Path, help="shards of the test split, instead of rendering people now")
@@ -103,7 +108,7 @@ def quality(options: argparse.Namespace) -> int:
     check_output(options.output)
     # Everything that can be wrong is found before the graphs are loaded.
     bundle = Bundle(options.bundle)
-    mode = SessionOptions(mode=settings.generation).resolve(bundle.config).mode
+    mode = SessionOptions(mode=settings.generation, **settings.approximations).resolve(bundle.config).mode
     longest = 1 + FRAMES_PER_LATENT * (bundle.config.generation.max_clip_frames - 1)
     if mode == "clip" and max(settings.frames, measure.ACTION_FRAMES) > longest:
         raise UserError(
@@ -159,8 +164,15 @@ def settings_from(options: argparse.Namespace):
             )  # fmt: skip
     return Settings(
         identities, frames, parse_steps(options.steps), modes, options.seed, options.generation, options.stream,
-        1 if options.quick else 2, options.data, options.threads, options.window,
+        1 if options.quick else 2, options.data, options.threads, options.window, approximations(options),
+        options.self_only,
     )  # fmt: skip
+
+
+def approximations(options: argparse.Namespace) -> dict[str, object]:
+    """Those that were asked for."""
+    usual = {"guidance": "1", "commit": "clean", "step_cache": 0.0, "guidance_steps": None}
+    return {name: getattr(options, name) for name, value in usual.items() if getattr(options, name) != value}
 
 
 def parse_steps(text: str | None) -> tuple[int, ...]:

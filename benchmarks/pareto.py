@@ -1,13 +1,13 @@
 """fp-bench pareto: quality beside speed, one point per way of running a bundle.
 
 A quality report and a row of a latency report belong together when they ran the same bundle (its source key tells checkpoint,
-precision and how it was exported) in the same mode, with the same steps and window, without guidance. Only the first row of a case
-counts: its peers are other programs, whose pictures nobody judged.
+precision and how it was exported) in the same mode, with the same steps, window, guidance and approximations. Only the first row
+of a case counts: its peers are other programs, whose pictures nobody judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,18 +24,21 @@ LARGER_IS_BETTER = {
     "psnr": True, "psnr_expression": True, "ssim": True, "lpips": False, "expression_error": False, "pose_error_deg": False,
     "identity_error": False,
 }  # fmt: skip
+# Options that change both pictures and time, and what they are where nobody asked.
+USUAL = {"guidance": "1", "guidance_steps": None, "commit": "clean", "step_cache": 0.0}
 CLIPS = ("identities", "frames", "modes", "seed", "clips")  # settings of a quality report that decide what was judged
 
 
 @dataclass(frozen=True)
 class Way:
-    """What decides both pictures and time."""
+    """What decides both pictures and time. approximations: (option, value) of those that are not off."""
 
     source_key: str
     precision: str
     mode: str
     steps: int
     window: int
+    approximations: tuple[tuple[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
                 alone.append(
                     f"{result.key}: no quality report of {describe(way)}"
                     if way
-                    else f"{result.key}: guidance, or no bundle"
+                    else f"{result.key}: it does not tell its bundle"
                 )
                 continue
             used.add(way)
@@ -157,7 +160,8 @@ def read_quality(path: Path, metric: str) -> tuple[dict[Way, float], str, dict[s
         value = quality.mean_of(report, f"steps_{steps}", metric)
         if value is not None:
             way = Way(
-                bundle["source_key"], bundle["precision"], settings["generation"], steps, settings["window_frames"]
+                bundle["source_key"], bundle["precision"], settings["generation"], steps, settings["window_frames"],
+                approximations(settings.get("approximations", {})),
             )
             found[way] = value
     return found, "" if found else f"{metric} was not measured", settings
@@ -170,17 +174,26 @@ def leading(results: Sequence[Result]) -> list[Result]:
 
 
 def way_of(result: Result) -> Way | None:
-    """None for rows with guidance, and for reports that do not tell the bundle."""
+    """None for reports that do not tell the bundle."""
     config = result.config
-    if result.source_key is None or config.get("guidance") != "1":
+    if result.source_key is None:
         return None
-    return Way(result.source_key, config["precision"], config["mode"], config["steps"], config["window"])
+    return Way(
+        result.source_key, config["precision"], config["mode"], config["steps"], config["window"], approximations(config)
+    )
+
+
+def approximations(options: Mapping[str, object]) -> tuple[tuple[str, object], ...]:
+    """Those among options that are not off, in the order of `USUAL`."""
+    return tuple((name, options[name]) for name, value in USUAL.items() if options.get(name, value) != value)
 
 
 def describe(way: Way) -> str:
     """In words."""
     window = f", window {way.window}" if way.mode == "stream" else ""
-    return f"{way.precision}, {way.mode}, {way.steps} step{'' if way.steps == 1 else 's'}{window} (bundle {way.source_key[:8]})"
+    how = "".join(f", {name.replace('_', ' ')} {value}" for name, value in way.approximations)
+    steps = f"{way.steps} step{'' if way.steps == 1 else 's'}"
+    return f"{way.precision}, {way.mode}, {steps}{window}{how} (bundle {way.source_key[:8]})"
 
 
 def mark_best(points: Sequence[Point], larger_is_better: bool) -> list[Point]:
@@ -239,7 +252,8 @@ def pareto_page(pareto: Pareto) -> str:
         )
         plot.line([(max(point.low, x[0]), point.quality), (point.high, point.quality)], css)
         plot.point(point.ms, point.quality, css, title, radius=5, hollow=not point.best)
-        label = f"{point.way.steps} step{'' if point.way.steps == 1 else 's'}, w{point.way.window}"
+        how = "".join(f", {value}" for _, value in point.way.approximations)
+        label = f"{point.way.steps} step{'' if point.way.steps == 1 else 's'}, w{point.way.window}{how}"
         # Below the line, and inside the frame.
         at, late = plot.x(point.ms), plot.x(point.ms) > plot.width - 120
         plot.text(at - 8 if late else at + 6, plot.y(point.quality) + 16, label, "end" if late else "start")

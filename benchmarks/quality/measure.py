@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,11 @@ ACTION_FRAMES = 13
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures; see `fp-bench quality --help`."""
+    """What a run measures; see `fp-bench quality --help`.
+
+    approximations: fields of `factorportrait.runtime.session.SessionOptions` that change the pictures, for all that is generated.
+    self_only: every person driven by itself and nothing else, which is what `fp-bench pareto` reads.
+    """
 
     identities: int = 20
     frames: int = 29
@@ -63,6 +67,8 @@ class Settings:
     data: Path | None = None
     threads: int | None = None
     window: int | None = None
+    approximations: Mapping[str, object] = field(default_factory=dict)
+    self_only: bool = False
 
 
 @dataclass
@@ -101,7 +107,8 @@ class Bench:
         """uint8 [T, H, W, 3]; the noise depends on the run's seed and `index` alone."""
         return drive(
             self.opened, portrait, expression, normals, motion,
-            steps=steps or self.primary_steps, guidance=guidance, mode=mode or self.generation,
+            steps=steps or self.primary_steps, mode=mode or self.generation,
+            **{"guidance": guidance, **self.settings.approximations},
             window_frames=self.window,
             seed=1000 * self.settings.seed + index,
         )  # fmt: skip
@@ -380,7 +387,9 @@ def measure(
         results.append(bench.self_reenactment(clip, index, sheets))
         found = results[-1]["methods"][f"steps_{bench.primary_steps}"]
         say(f"self {index + 1}/{settings.identities} {clip.name} {clip.mode}: {found['psnr']:.2f} dB")
-    others = _others(bench, clips, sheets, say) if len(clips) > 1 else {"cross": [], "disentanglement": [], "actions": []}
+    others = {"cross": [], "disentanglement": [], "actions": []}
+    if len(clips) > 1 and not settings.self_only:
+        others = _others(bench, clips, sheets, say)
     stream = None
     if settings.stream:
         say(f"stream of {settings.stream} frames")
@@ -392,7 +401,7 @@ def measure(
             "identities": settings.identities, "frames": settings.frames, "steps": list(bench.steps),
             "primary_steps": bench.primary_steps, "modes": list(settings.modes), "seed": settings.seed,
             "generation": bench.generation, "chunk_frames": opened.config.generation.chunk_frames,
-            "window_frames": bench.window,
+            "window_frames": bench.window, "approximations": dict(settings.approximations),
             "clips": "rendered" if settings.data is None else "shards of the test split",
             "expression": "pictures through the bundle's expression encoder",
         },

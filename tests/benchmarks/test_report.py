@@ -14,7 +14,7 @@ from latency_reports import STAGES, mood, peers_and_sweep, repetition, report, r
 
 from factorportrait.benchmarks import cli, svg
 from factorportrait.benchmarks.page import binary, metric_prefix, significant
-from factorportrait.benchmarks.pareto import Point, Way, mark_best
+from factorportrait.benchmarks.pareto import Point, Way, approximations, describe, mark_best
 from factorportrait.benchmarks.quality import report as quality
 from factorportrait.benchmarks.report import (
     FILES,
@@ -221,6 +221,13 @@ def test_mark_best():
     ]
     assert [point.name for point in mark_best(points, True) if point.best] == ["0", "2"]
     assert [point.name for point in mark_best(points, False) if point.best] == ["3"]
+
+
+def test_approximations_are_ways_of_their_own():
+    """Older reports say nothing of them, and ran without."""
+    assert approximations({}) == approximations({"guidance": "1", "commit": "clean", "step_cache": 0.0}) == ()
+    other = dataclasses.replace(way(4), approximations=approximations({"step_cache": 0.5, "commit": "last-step", "steps": 4}))
+    assert other != way(4) and "4 steps, window 9, commit last-step, step cache 0.5 (" in describe(other)
 
 
 def quality_report(folder, steps, window, psnr, identities=1):
