@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import subprocess
@@ -16,8 +17,10 @@ from factorportrait.errors import UserError
 from factorportrait.runtime.cache import KINDS
 from factorportrait.runtime.embedding import KINDS as EMBEDDINGS
 from factorportrait.runtime.loop import COMMITS, HOISTS
-from factorportrait.runtime.pipeline import OVERLAPS, default_threads
+from factorportrait.runtime.pipeline import OVERLAPS, Behind, default_threads
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, demo_bundle_is_current, shipped_inputs
+
+WRITTEN_BEHIND = 16  # pictures that wait for the video encoder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -221,14 +224,19 @@ def render(session, driving, writer, portrait=None) -> None:
         TimeRemainingColumn(),
         TextColumn("{task.fields[speed]}"),
     )
+    def write(picture) -> None:
+        with timings("write"):
+            if portrait is not None:
+                picture = compose_side_by_side(portrait, shown.popleft(), picture)
+            writer.write(picture)
+
+    overlapped = Behind(write, WRITTEN_BEHIND, "writer") if session.overlap != "none" else contextlib.nullcontext(write)
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty(), console=stderr_console()) as progress:
         task = progress.add_task("rendering", total=driving.num_frames, speed="")
-        for picture in session.frames(timed()):
-            with timings("write"):
-                if portrait is not None:
-                    picture = compose_side_by_side(portrait, shown.popleft(), picture)
-                writer.write(picture)
-            progress.update(task, advance=1, speed=f"{timings.last_frame_ms:.1f} ms/frame")
+        with overlapped as write_next:
+            for picture in session.frames(timed()):
+                write_next(picture)
+                progress.update(task, advance=1, speed=f"{timings.last_frame_ms:.1f} ms/frame")
 
 
 def stderr_console():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from factorportrait.engines.base import Engine
@@ -13,8 +14,9 @@ from factorportrait.errors import UserError
 
 Item = TypeVar("Item")
 
-# none: everything in the caller's thread. media: the driving is read and rendered in one thread and pictures are made in another,
-# so that both go on while the caller writes. stages: encoder, denoiser and decoder have threads of their own as well.
+# none: everything in the caller's thread. media: the driving is read and rendered in a thread of its own, ahead of the engine,
+# which stays in the caller's thread (CUDA graphs of ONNX Runtime belong to the thread that captured them); fp-run writes in another
+# one. stages: encoder, denoiser and decoder have threads of their own as well.
 OVERLAPS = ("none", "media", "stages")
 
 
@@ -139,6 +141,54 @@ class Pipeline:
     def _check(self) -> None:
         if self._stopped:
             raise _Stopped
+
+
+class Behind:
+    """Calls a function on item after item in a thread, in their order, at most `size` behind whoever hands them over.
+
+    What the function raises is raised by the next call, or when the context is left; items after it are let go. Leaving the context
+    waits for all items, after an exception too: what was made is kept.
+
+    >>> with Behind(writer.write, 8, "writer") as write:
+    ...     write(picture)
+    """
+
+    def __init__(self, function: Callable[[Item], object], size: int, name: str):
+        self._function, self._items = function, queue.Queue(size)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+
+    def __enter__(self) -> Behind:
+        self._thread.start()
+        return self
+
+    def __call__(self, item: Item) -> None:
+        self._raise()
+        self._items.put(item)
+
+    def __exit__(self, kind, *_) -> None:
+        self._items.put(_END)
+        self._thread.join()
+        if kind is None:
+            self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self) -> None:
+        failed = False
+        while (item := self._items.get()) is not _END:
+            if failed:
+                continue
+            try:
+                self._function(item)
+            except BaseException as error:  # carried to the thread that hands items over
+                self._error, failed = error, True
+
+
+_END = object()
 
 
 class _Stopped(BaseException):

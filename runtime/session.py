@@ -381,7 +381,7 @@ class Session:
             latents = self._latents(own_thread(self._works(frames), "encoder"))
             pictures = self._pictures(own_thread(latents, "denoiser"))
             start = time.perf_counter()
-            for ready in line.ahead(pictures, 1, "decoder"):
+            for ready in own_thread(pictures, "decoder"):
                 self._account(start, ready)
                 yield ready
                 start = self._chunk_before

@@ -14,7 +14,7 @@ import pytest
 from engine_sessions import drifting_pictures, driving
 
 from factorportrait.errors import UserError
-from factorportrait.runtime.pipeline import Pipeline, choose_overlap
+from factorportrait.runtime.pipeline import Behind, Pipeline, choose_overlap
 from factorportrait.runtime.session import open_bundle
 
 OVERLAPPED = ["media", "stages"]
@@ -32,6 +32,36 @@ def begun(opened, **options):
     session = opened.session(**options)
     session.set_reference(drifting_pictures(1, opened.config.height, opened.config.width, 9)[0])
     return session
+
+
+def test_what_is_written_behind():
+    """Order, the bound, errors at the next call or at the end, and nothing after one."""
+    seen, go_on = [], threading.Semaphore(0)
+
+    def slow(item):
+        go_on.acquire()
+        if item == 6:
+            raise OSError("disk full")
+        seen.append(item)
+
+    with pytest.raises(OSError, match="disk full"), Behind(slow, 2, "behind") as write:
+        for item in range(3):
+            write(item)
+        blocked = threading.Thread(target=write, args=(3,))
+        blocked.start()
+        blocked.join(0.05)
+        assert blocked.is_alive()  # one in work, two wait
+        go_on.release(100)
+        blocked.join()
+        for item in range(4, 8):
+            write(item)
+        time.sleep(0.05)
+        write(8)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(KeyboardInterrupt), Behind(seen.append, 2, "behind") as write:
+        write("kept")
+        raise KeyboardInterrupt
+    assert seen[-1] == "kept"
 
 
 def threads() -> set[str]:
@@ -169,10 +199,9 @@ def test_a_slow_decoder_holds_the_others_back(opened, overlap):
 
 
 @pytest.mark.parametrize("stage", ["_encode", "_generate", "_decode"])
-@pytest.mark.parametrize("overlap", OVERLAPPED)
-def test_leaving_during_any_stage_stops_all_threads(opened, overlap, stage):
+def test_leaving_during_any_stage_stops_all_threads(opened, stage):
     """Closing the iterator while a stage is in the middle of its item: it ends that item, and nothing else runs on."""
-    session, inside, go_on, calls = begun(opened, overlap=overlap), threading.Event(), threading.Event(), []
+    session, inside, go_on, calls = begun(opened, overlap="stages"), threading.Event(), threading.Event(), []
     inner = getattr(session, stage)
 
     def held(*arguments):
