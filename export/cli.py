@@ -217,6 +217,7 @@ def _inspect(options: argparse.Namespace) -> int:
         _target_sizes(sizes),
         *build.precision_notes(manifest.precision, manifest.targets),
         *filter(None, [quantize_cli.gate_line(bundle)]),
+        *manifest.provenance.get("notes", ()),
         "made with " + ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("versions", {}).items()),
     ]
     for line in lines:

@@ -152,7 +152,10 @@ def plan_of(released: Released, precision: str) -> ExportPlan:
         lazy = LazyTransformer(released.config, released.tensors, released.where)
         start, end = block_ranges(lazy, "dit")[0]
         blocks = end - start
-    return plan_export(released.tensors, WEIGHT_BYTES[precision], blocks)
+    beside = 4 * sum(tensor.nbytes // tensor.dtype.itemsize for tensor in released.vae.tensors.values())
+    if released.image_encoder is not None:
+        beside += sum(file.stat().st_size for file in released.image_encoder.glob("*.safetensors"))
+    return plan_export(released.tensors, WEIGHT_BYTES[precision], blocks, beside)
 
 
 def _with_capacity(model: ReleasedModel, stage: Stage, capacity: int) -> Stage:

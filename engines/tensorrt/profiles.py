@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from factorportrait.bundle import StageSpec
 from factorportrait.engines.base import tensor_shape
-from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
+from factorportrait.model_config import FRAMES_PER_LATENT, TEXT_TOKENS, ModelConfig
 
-# Wan pads every prompt to 512 tokens of its text encoder (Wan 2.1's configs, `text_len`).
-TEXT_TOKENS = 512
+# Of CLIP's picture encoder (ViT-H/14 at 224 pixels): 16 x 16 patches and a class token; first-and-last-frame models look at two.
+IMAGE_TOKENS = 257
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _uses(spec: StageSpec, config: ModelConfig) -> dict[str, dict[str, Range]]:
     chunk, window = generation.chunk_frames, generation.window_frames
     clip_slots = 1 + generation.max_clip_frames
     modes = generation.modes
-    text = {"L": Range(1, TEXT_TOKENS, TEXT_TOKENS)}
+    text = {"L": Range(TEXT_TOKENS, TEXT_TOKENS, TEXT_TOKENS), "I": Range(1, IMAGE_TOKENS, 2 * IMAGE_TOKENS)}
     if "S" in {size for tensor in spec.inputs for size in tensor.shape}:
         # The cache in place: the reference alone up to the whole window; the last chunk of a stream may be a short one.
         return {"stream": {**text, "F": Range(1, chunk, chunk), "S": Range(1, 1 + window, 1 + window)}}

@@ -14,8 +14,9 @@ from factorportrait.export.weights.files import LazyTensor
 
 # Bytes of a part's weight in torch, which computes what a graph is checked against; the graph and its session come on top.
 TORCH_BYTES = 4
-# Measured with 1 and 3 blocks of width 1536 on two cores: 98 and 107 MiB beside the weights, 14.5 and 25.8 seconds.
-EXPORTER_BYTES = 150 * 2**20
+# Measured with 1 and 3 blocks of width 1536 on two cores: 98 and 107 MiB beside the weights, 14.5 and 25.8 seconds. The programs
+# themselves (torch, ONNX Runtime, transformers) take half a gibibyte.
+EXPORTER_BYTES = 650 * 2**20
 SECONDS_PER_PART = 9.0
 SECONDS_PER_BLOCK = 6.0
 # What copying and hashing take beside it; a slow disk, so that a plan errs on the long side.
@@ -48,13 +49,16 @@ class ExportPlan:
         )
 
 
-def plan_export(tensors: Mapping[str, LazyTensor], weight_bytes: int, blocks_per_part: int = 1) -> ExportPlan:
-    """Plan the export of a transformer.
+def plan_export(
+    tensors: Mapping[str, LazyTensor], weight_bytes: int, blocks_per_part: int = 1, beside_bytes: int = 0
+) -> ExportPlan:
+    """Plan the export of a transformer and of the smaller networks beside it.
 
     Args:
         tensors: its weights under our names; only shapes are looked at.
         weight_bytes: of a weight in the graph: 4 for fp32, 2 for fp16, 1 for int8.
         blocks_per_part: blocks that are exported together; all in one where it is large.
+        beside_bytes: of the other networks' weights in fp32, which are in memory from the start to the end.
     """
     if blocks_per_part < 1 or weight_bytes < 1:
         raise ValueError(f"expected positive numbers, found {blocks_per_part} blocks and {weight_bytes} bytes")
@@ -72,9 +76,12 @@ def plan_export(tensors: Mapping[str, LazyTensor], weight_bytes: int, blocks_per
     groups = [order[start : start + blocks_per_part] for start in range(0, len(order), blocks_per_part)]
     # What lies outside of the blocks goes with a part of its own: embeddings, head, adapters.
     largest = max(outside, *(sum(blocks[block] for block in group) for group in groups))
-    disk = int((sum(blocks.values()) + outside) * weight_bytes * (1 + GRAPH_SHARE))
+    beside = beside_bytes * weight_bytes // TORCH_BYTES
+    disk = int(((sum(blocks.values()) + outside) * weight_bytes + beside) * (1 + GRAPH_SHARE))
     seconds = SECONDS_PER_PART * (len(groups) + 1) + SECONDS_PER_BLOCK * len(order) + 2 * disk / DISK_BYTES_PER_SECOND
-    return ExportPlan(tuple(map(len, groups)), disk, largest * (TORCH_BYTES + 2 * weight_bytes) + EXPORTER_BYTES, seconds)
+    # A graph of another network is made beside its weights as one of the transformer is.
+    memory = max(largest * (TORCH_BYTES + 2 * weight_bytes), 2 * beside) + beside_bytes + EXPORTER_BYTES
+    return ExportPlan(tuple(map(len, groups)), disk, memory, seconds)
 
 
 def check_room(plan: ExportPlan, output: Path, memory_bytes: int | None = None) -> None:

@@ -22,7 +22,7 @@ from factorportrait.export.models.vae import VideoVAE
 from factorportrait.export.weights import layouts
 from factorportrait.export.weights.files import LazyTensor, Weights, open_weights
 from factorportrait.export.weights.fill import fill, summary
-from factorportrait.model_config import DiTConfig, FaceConfig, FusionConfig, GenerationConfig, RayAdapterConfig
+from factorportrait.model_config import DiTConfig, FaceConfig, FusionConfig, RayAdapterConfig
 
 HEAD_DIM = 128  # of every Wan release
 ADD_CONFIG = "put its config.json beside the weights"
@@ -83,19 +83,6 @@ PUBLISHED = {
     "Wan2.1-Fun-V1.1-1.3B-Control-Camera": _wan("noise image", **_1_3B, image_dim=1280, ray_adapter=RayAdapterConfig()),
     "Self-Forcing-1.3B": _wan("noise", **_1_3B),
     "Wan2.2-Animate-14B": _wan(_GIVEN, **_14B, image_dim=1280, pose_channels=16, face=FaceConfig()),
-}
-# How their authors sample them; those of Wan2.1-Fun are not known here. I2V takes a shift of 3 at 480 x 832.
-_CLIP = GenerationConfig(modes=("clip",), timestep_shift=5.0, denoising_steps=50, solver="unipc")
-SAMPLING = {
-    "Wan2.1-T2V-1.3B": _CLIP,
-    "Wan2.1-T2V-14B": _CLIP,
-    "Wan2.1-I2V-14B": replace(_CLIP, denoising_steps=40),
-    "Wan2.2-TI2V-5B": replace(_CLIP, max_clip_frames=31),
-    "Wan2.2-Animate-14B": replace(_CLIP, denoising_steps=20),
-    # Chunks of 3 see everything before them, which was generated clean and committed at timestep 0.
-    "Self-Forcing-1.3B": GenerationConfig(
-        modes=("stream",), chunk_frames=3, window_frames=21, timestep_shift=5.0, denoising_steps=4, solver="renoise"
-    ),
 }
 # What a patch embedding takes, by its channels in units of latents and masks.
 _STREAMS = {(1, 0): "noise", (2, 4): _GIVEN, (2, 0): "noise image", (3, 0): "noise control image"}

@@ -90,7 +90,8 @@ def write_release(name: str, folder: Path, *, layers: int = 2, tiny: bool = Fals
     vae = _small(release.vae) if tiny else release.vae
     make = torch.Generator().manual_seed(seed)
     with whole_folder(folder) as into:
-        transformer, video = _transformer(network, make), _vae(vae, make)
+        # A generator of its own: one seed gives one VAE, whatever it stands beside.
+        transformer, video = _transformer(network, make), _vae(vae, torch.Generator().manual_seed(seed))
         if release.layout == "diffusers":
             _write_diffusers(into, network, vae, transformer, video)
         else:

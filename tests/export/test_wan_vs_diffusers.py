@@ -16,7 +16,8 @@ from wan_models import diffusers_transformer, random_weights, transformer_argume
 from factorportrait.export.models.animate import FoldedMotionEncoder
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.weights import layouts
-from factorportrait.export.weights.networks import SAMPLING, Network, rows_of
+from factorportrait.export.weights.networks import Network, rows_of
+from factorportrait.export.weights.released import recipes
 from factorportrait.model_config import DiTConfig, FaceConfig, FusionConfig, RayAdapterConfig
 from factorportrait.runtime.schedule import flow_schedule
 
@@ -184,7 +185,8 @@ class Masked(WanAttnProcessor):
 @torch.no_grad()
 def test_self_forcing_s_cached_stream_equals_diffusers_with_a_causal_mask(seed):
     """Four renoise steps and a clean commit per chunk of 3, three chunks; diffusers recomputes everything in every step."""
-    network, sampling = NETWORKS["t2v"], SAMPLING["Self-Forcing-1.3B"]
+    (sampling,) = (recipe.generation for recipe in recipes() if recipe.name == "Self-Forcing-1.3B")
+    network = NETWORKS["t2v"]
     theirs, ours = both(network, seed)
     schedule = flow_schedule(sampling.denoising_steps, sampling.timestep_shift, sampling.solver)
     generator = torch.Generator().manual_seed(seed)
