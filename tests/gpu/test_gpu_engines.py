@@ -7,6 +7,7 @@ import pytest
 from engine_sessions import latents_and_pictures
 
 from factorportrait.engines.base import DeviceArray, run_once, slots
+from factorportrait.errors import UserError
 
 # TensorRT compiles attention in half precision alone.
 ENGINES = [("torch", "fp32"), ("torch", "fp16"), ("onnxruntime-cuda", "fp32"), ("onnxruntime-cuda", "fp16"), ("tensorrt", "fp16")]
@@ -108,6 +109,51 @@ def test_the_cache_stays_in_place(open_on, engine, precision, eager):
             same = [np.array_equal(before[name][:, slot], after[name][:, slot]) for slot in range(5)]
             assert same == [slot not in (first, first + 1) for slot in range(5)], (i, name)
             assert after[name][:, 0].any()
+
+
+WAYS = {
+    "nothing hoisted": {"hoist": "none"},
+    "reference anew": {"hoist": "conditions,modulation,time,features"},
+    "fused embedding": {"embedding": "fused"},
+    "files overlap": {"overlap": "media"},
+    "quick start": {"quick_start": True},
+    "commit of the last step": {"commit": "last-step"},
+    "guidance": {"guidance": "1.5"},
+    "guidance in one step": {"guidance": "1.5", "guidance_steps": 1},
+    "step cache": {"steps": 4, "step_cache": 1e6},
+}
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_running_equals_the_cpu(open_on, engine, precision, way):
+    """With captured graphs, twice in one session: the second clip replays what the first one captured."""
+    options = {**STREAM, "cache": "inplace", **WAYS[way]}
+    right, _ = latents_and_pictures(open_on("onnxruntime-cpu"), 29, **{**options, "overlap": "none"})
+    opened = open_on(engine, precision, False)
+    session = opened.session(**options)
+    for _ in range(2):
+        found, pictures = latents_and_pictures(opened, 29, session=session)
+        assert error(found, right) <= LIMITS[precision]
+        assert len(pictures) == 29
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+def test_hoists_change_nothing_on_a_device(open_on, engine, precision):
+    """The same kernels on the same data; closer than two engines are to each other."""
+    opened = open_on(engine, precision, False)
+    hoisted, _ = latents_and_pictures(opened, 29, cache="inplace", **STREAM)
+    repeated, _ = latents_and_pictures(opened, 29, cache="inplace", hoist="none", **STREAM)
+    assert error(repeated, hoisted) <= LIMITS[precision] / 10
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+def test_stages_do_not_overlap_on_a_device(open_on, engine, precision):
+    """They share one stream and scratch memory; files overlap by themselves."""
+    opened = open_on(engine, precision, False)
+    with pytest.raises(UserError, match="--overlap stages; expected an engine on the CPU"):
+        opened.session(overlap="stages")
+    assert opened.session(overlap="auto").overlap == "media"
 
 
 @pytest.mark.parametrize(("engine", "precision"), ENGINES)
