@@ -56,6 +56,8 @@ class LoopSubject:
 
     def repeat(self, num_frames: int) -> Sample:
         """See `Subject.repeat`."""
+        if self.session.overlap == "stages" and self.case.mode == "stream":
+            num_frames += 2 * CHUNKS_AHEAD * frames_of_chunks(self.case)
         with contextlib.ExitStack() as stack:
             driving, write = self._ends(num_frames, stack)
             return self._repeat(driving, write)
@@ -67,7 +69,7 @@ class LoopSubject:
         session.set_reference(self._portrait)
         begin = time.perf_counter_ns()
         spans.clear()
-        clock, first = ChunkClock(spans, begin), None
+        clock, first, taken = ChunkClock(spans, begin), None, _Taken()
         expected = frames_of_chunks(case)
 
         def ready(pictures: list, end: int, arrivals: tuple[float, ...] = ()) -> None:
@@ -76,16 +78,17 @@ class LoopSubject:
             index = len(clock.chunks)
             past = 0 if case.mode == "clip" else min(index * case.chunk, case.window - case.chunk)
             full = index > 0 and past == case.window - case.chunk and len(pictures) == expected
+            if session.overlap == "stages":
+                full = full and index >= CHUNKS_AHEAD and not taken.ended
             if write is not None:
                 write(pictures)
                 end = time.perf_counter_ns()
             clock.chunk(len(pictures), past, case.mode == "clip" or full, end, arrivals)
 
         if session.overlap != "none":
-            taken: deque[int] = deque()
-            for pictures in session.chunks(_watched(driving, taken)):
+            for pictures in session.chunks(taken(driving)):
                 after = time.perf_counter_ns()
-                arrivals = tuple(milliseconds(after - taken.popleft()) for _ in pictures)
+                arrivals = tuple(milliseconds(after - taken.times.popleft()) for _ in pictures)
                 # As a player sees them: pictures come at the rate of the chunks.
                 for _ in pictures:
                     share = (after - clock.begin_ns) // len(pictures)
@@ -155,11 +158,23 @@ class LoopSubject:
         self.session.finish()
 
 
-def _watched(driving: Iterator, taken: deque[int]) -> Iterator:
-    """The driving, with the time at which each frame was taken."""
-    for frame in driving:
-        taken.append(time.perf_counter_ns())
-        yield frame
+# Between a chunk at its source and its pictures there are at most so many others where stages overlap. While these fill, and when
+# no new ones come behind them, a chunk has the cores more to itself than in the middle of a stream: such chunks are not steady.
+CHUNKS_AHEAD = 7
+
+
+class _Taken:
+    """When each driving frame was taken, and whether there are no more."""
+
+    def __init__(self):
+        self.times: deque[int] = deque()
+        self.ended = False
+
+    def __call__(self, driving: Iterator) -> Iterator:
+        for frame in driving:
+            self.times.append(time.perf_counter_ns())
+            yield frame
+        self.ended = True
 
 
 def frames_of_chunks(case: Case) -> int:

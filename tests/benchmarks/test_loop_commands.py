@@ -41,6 +41,17 @@ def test_all_rows_generate_what_the_naive_loop_does(case, tiny_bundle):
     assert np.abs(longer["naive"] - longer["overlap"]).max() > 1e-3
 
 
+def test_steady_chunks_of_an_overlapped_row(case, tiny_bundle):
+    """Not those that fill the queues, nor those that come when the driving has ended; as many as a serial row has, or more."""
+    sample = PEERS["onnxruntime-cpu-stages"].open(case, tiny_bundle).repeat(29)
+    steady = [chunk.steady for chunk in sample.chunks]
+    serial = PEERS["onnxruntime-cpu"].open(case, tiny_bundle).repeat(29)
+    assert not any(steady[:7]) and not steady[-1] and sum(steady) >= 1
+    assert sum(chunk.frames for chunk in sample.chunks) == 29 + 14 * 8
+    assert all(len(chunk.arrival_ms) == chunk.frames for chunk in sample.chunks)
+    assert not any(chunk.arrival_ms for chunk in serial.chunks) and sum(chunk.steady for chunk in serial.chunks) == 3
+
+
 def test_every_row_adds_something():
     """No row is the row before, and together they end at what ships."""
     changes, seen = {}, []
