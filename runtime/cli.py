@@ -154,8 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.embedding, arguments.hoist, arguments.commit, arguments.step_cache, arguments.guidance_steps, arguments.overlap,
         arguments.latency, arguments.prompt_embeddings, arguments.negative_embeddings, arguments.image_embeddings,
     )  # fmt: skip
-    options.resolve(config)
-    threads = arguments.threads or default_threads(arguments.overlap)
+    threads = arguments.threads or default_threads(arguments.overlap, options.resolve(config).mode)
     portrait = load_portrait(
         arguments.portrait or shipped_inputs() / "portrait.png", config.height, config.width, arguments.fit
     )

@@ -20,11 +20,12 @@ Item = TypeVar("Item")
 OVERLAPS = ("none", "media", "stages")
 
 
-def choose_overlap(kind: str, engine: Engine) -> tuple[str, str]:
+def choose_overlap(kind: str, engine: Engine, mode: str = "stream") -> tuple[str, str]:
     """How much of a session runs at once, of `OVERLAPS`, and why.
 
     Args:
         kind: one of these, or "auto".
+        mode: of the session; a clip is a single chunk, whose stages follow each other.
 
     Raises:
         UserError: another word, or "stages" on a device.
@@ -34,6 +35,8 @@ def choose_overlap(kind: str, engine: Engine) -> tuple[str, str]:
     if engine.device == "cpu":
         if kind != "auto":
             return kind, "asked for"
+        if mode == "clip":
+            return "media", "a clip is one chunk"
         return ("stages", "encoder, denoiser and decoder in turns leave cores idle") if num_cores() > 1 else ("none", "one core")
     if kind == "stages":
         raise UserError(
@@ -48,13 +51,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_threads(overlap: str) -> int | None:
+def default_threads(overlap: str, mode: str = "stream") -> int | None:
     """Threads of an operator on the CPU: None, every core, for stages that take turns; half of the cores for those that do not.
 
     Measured on two cores: two threads per operator are 1.7 times as fast as one; three stages of one thread each are faster still,
     and three of two threads each, slower, get in each other's way.
     """
-    return max(1, num_cores() // 2) if overlap in ("auto", "stages") else None
+    if overlap == "stages" or (overlap == "auto" and mode == "stream"):
+        return max(1, num_cores() // 2)
+    return None
 
 
 class Pipeline:

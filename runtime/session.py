@@ -276,7 +276,7 @@ class Session:
                 fused=fused, hoist=hoist,
             )  # fmt: skip
         self._decoder = StreamingVAE(engine, "decode")
-        self.overlap, self.overlap_reason = choose_overlap(options.overlap, engine)
+        self.overlap, self.overlap_reason = choose_overlap(options.overlap, engine, options.mode)
         self._restart()
 
     @property

@@ -14,7 +14,7 @@ import pytest
 from engine_sessions import drifting_pictures, driving
 
 from factorportrait.errors import UserError
-from factorportrait.runtime.pipeline import Behind, Pipeline, choose_overlap
+from factorportrait.runtime.pipeline import Behind, Pipeline, choose_overlap, default_threads
 from factorportrait.runtime.session import open_bundle
 
 OVERLAPPED = ["media", "stages"]
@@ -312,7 +312,8 @@ def test_choice(opened):
         device = "cuda:0"
 
     assert choose_overlap("auto", opened.engine)[0] == "stages"
-    assert choose_overlap("auto", Device())[0] == "media"
+    assert choose_overlap("auto", Device())[0] == choose_overlap("auto", opened.engine, "clip")[0] == "media"
+    assert default_threads("auto", "clip") is default_threads("none") is None and default_threads("auto") >= 1
     assert choose_overlap("none", Device()) == ("none", "asked for")
     with pytest.raises(UserError, match="--overlap stages; expected an engine on the CPU"):
         choose_overlap("stages", Device())
