@@ -380,8 +380,8 @@ def resolve(case: Case, config: ModelConfig) -> Case:
     options = session_options(case).resolve(config)
     case = replace(
         case, mode=options.mode, steps=options.steps, chunk=options.chunk_frames, window=options.window_frames,
-        threads=case.threads or default_threads(case.overlap, options.mode) or num_cores(), target_fps=case.target_fps or config.fps,
-        resolution=config.height,
+        threads=case.threads or default_threads(case.overlap, options.mode) or num_cores(),
+        target_fps=case.target_fps or config.fps, resolution=config.height,
     )  # fmt: skip
     if case.threads > (cores := num_cores()):
         raise UserError(
