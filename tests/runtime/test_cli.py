@@ -84,6 +84,28 @@ def test_sources_and_modes(tiny_bundle, inputs, tmp_path, changes):
     assert frames.shape == (7, 32, 96 if "side_by_side" in changes else 32, 3)
 
 
+def test_what_runs_at_once_changes_no_picture(tiny_bundle, inputs, tmp_path, capsys):
+    """The default, --throughput and no overlap write the same pictures; --latency begins with a chunk of one latent frame."""
+    pictures, reports = {}, {}
+    ways = {"default": {}, "throughput": {"throughput": True}, "none": {"overlap": "none"}, "latency": {"latency": True}}
+    for name, changes in ways.items():
+        output = tmp_path / name
+        output.mkdir()
+        assert main(arguments(tiny_bundle, inputs, output, json=True, frames=31, chunk=2, window=4, **changes)) == 0
+        pictures[name] = np.stack([np.asarray(Image.open(file)) for file in sorted(output.iterdir())])
+        reports[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in ("default", "throughput"):
+        assert np.array_equal(pictures[name], pictures["none"]), name
+    assert pictures["none"].shape == (31, 32, 32, 3) and not np.array_equal(pictures["latency"], pictures["none"])
+    assert reports["throughput"]["overlap"] == reports["default"]["overlap"]
+    assert reports["latency"]["overlap"] == reports["none"]["overlap"] == "none"
+    for name in ("embedding_reason", "overlap_reason", "kv_cache_reason"):
+        assert reports["default"][name]
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(tiny_bundle, inputs, tmp_path / "o.mp4", latency=True, throughput=True))
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_same_command_same_bytes(tiny_bundle, inputs, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         assert main(arguments(tiny_bundle, inputs, tmp_path / name, seed=5)) == 0
