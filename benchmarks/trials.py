@@ -53,8 +53,8 @@ class SlowTimings(Timings):
         self._stage, self._share = stage, share
 
     @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        with super().__call__(stage):
+    def __call__(self, stage: str, index: int | None = None) -> Iterator[None]:
+        with super().__call__(stage, index):
             start = time.perf_counter_ns()
             yield
             if stage == self._stage:

@@ -51,7 +51,7 @@ def real_inputs(demo_bundle):
     opened = OpenBundle(demo_bundle, engine)
     portrait = load_portrait(inputs / "portrait.png", config.height, config.width)
     for driving, mode, num_frames in (("driving_clip", "stream", 29), ("arkit.csv", "clip", 9)):
-        session = opened.session(mode=mode, steps=2, cache="concat")
+        session = opened.session(mode=mode, steps=2, cache="concat", embedding="graph")
         session.set_reference(portrait)
         pictures = list(session.frames(open_inputs(demo_bundle, inputs / driving, num_frames=num_frames)))
         assert len(pictures) == num_frames

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from factorportrait import shipped
-from factorportrait.bundle import PRECISIONS, TARGETS, Bundle
+from factorportrait.bundle import PRECISIONS, SCHEMA, TARGETS, Bundle
 from factorportrait.errors import CheckpointError
 from factorportrait.export import build, cli, graphs, stages, variants
 from factorportrait.files import whole_folder
@@ -241,10 +241,10 @@ def test_head_that_cannot_be_posed(tmp_path, name, value, words):
     arrays = {key: array for key, array in (HEAD | {name: value}).items() if array is not None}
     np.savez(tmp_path / "head.npz", **arrays)
     with pytest.raises(CheckpointError) as caught:
-        build._check_head(tmp_path / "head.npz")
+        build.check_head(tmp_path / "head.npz")
     assert words in str(caught.value) and caught.value.action
     np.savez(tmp_path / "head.npz", **HEAD)
-    build._check_head(tmp_path / "head.npz")
+    build.check_head(tmp_path / "head.npz")
 
 
 def test_a_graph_that_differs_is_an_error(two_stages, tiny_checkpoint, tmp_path, capsys, monkeypatch):
@@ -403,7 +403,7 @@ sys.exit(code)
 
 def test_inspect_json(tiny_bundle, capsys):
     data = exported(capsys, "inspect", tiny_bundle)
-    assert data["schema"] == 2 and data["verified"] is False
+    assert data["schema"] == SCHEMA and data["verified"] is False
     assert data["target_bytes"].keys() == set(data["targets"]) and data["target_bytes"]["cpu"] > 1000
     assert data["stages"]["dit"]["inputs"][0] == {
         "name": "noise_latents", "dtype": "float32", "shape": [1, 16, "F", 4, 4]
