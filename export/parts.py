@@ -164,13 +164,9 @@ def parts_of(model: ReleasedModel, blocks_per_graph: int | None = None) -> list[
     return parts
 
 
-def transformer_stage(model: ReleasedModel, kind: str, start: int, end: int, capacity: int | None = None) -> Stage:
-    """`dit` or `dit_inplace` of a range of blocks.
-
-    Args:
-        capacity: slots of a cache in place, for a back end that wants a fixed number.
-    """
-    config, face = model.config, model.config.dit.face
+def transformer_stage(model: ReleasedModel, kind: str, start: int, end: int) -> Stage:
+    """`dit` or `dit_inplace` of a range of blocks."""
+    face = model.config.dit.face
     blocks = "|".join(str(block) for block in range(start, end))
     patterns = [rf"blocks\.({blocks})\.(?!{_CONTEXT})"]
     patterns += [r"patch_embedding\."] if start == 0 else []
@@ -179,15 +175,26 @@ def transformer_stage(model: ReleasedModel, kind: str, start: int, end: int, cap
         adapters = "|".join(str(block // face.block_interval) for block in range(start, end) if block % face.block_interval == 0)
         patterns += [rf"face_adapter\.fuser_blocks\.({adapters})\."] if adapters else []
     dit = model.dit.with_weights(*patterns)
-    module = DiTRange(dit, start, end) if kind == "dit" else InPlaceDiT(dit, capacity, start, end)
+    return _range_stage(model, kind, DiTRange(dit, start, end) if kind == "dit" else InPlaceDiT(dit, None, start, end))
+
+
+def with_capacity(model: ReleasedModel, stage: Stage, capacity: int) -> Stage:
+    """A stage `dit_inplace` with a cache of so many slots, for a back end that wants a fixed number; its weights are shared."""
+    module = copy.copy(stage.module)
+    module.capacity = capacity
+    return _range_stage(model, "dit_inplace", module)
+
+
+def _range_stage(model: ReleasedModel, kind: str, module: DiTRange | InPlaceDiT) -> Stage:
+    config, capacity = model.config, getattr(module, "capacity", None)
     sizes = {name: dict(DIT_SHAPES.get(name.split(".")[0]) or {}) for name in module.input_names}
     if capacity is None:
         sizes |= {name: {2: f"{config.tokens_per_frame}*S"} for name in module.input_names if name.startswith("cache_")}
     shapes = {name: _shape(name, config, capacity) for name in module.input_names}
     drawn = draw(shapes, EXAMPLE_SIZES, Examples(model))
     return Stage(
-        _named(kind, (start, end), model.dit), module.eval(), tuple(drawn.values()), module.input_names, module.output_names,
-        sizes, opset=23 if kind == "dit" else 24,
+        _named(kind, (module.start, module.end), model.dit), module.eval(), tuple(drawn.values()), module.input_names,
+        module.output_names, sizes, opset=23 if kind == "dit" else 24,
     )  # fmt: skip
 
 

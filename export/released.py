@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,14 +49,15 @@ from factorportrait.export.parts import (
     ReleasedModel,
     block_ranges,
     parts_of,
-    transformer_stage,
+    with_capacity,
 )
 from factorportrait.export.precision import HalfWeights
-from factorportrait.export.stages import OPSET, Stage
+from factorportrait.export.stages import OPSET
 from factorportrait.export.variants import Context
 from factorportrait.export.weights.assemble import draw_expression
 from factorportrait.export.weights.encoders import open_image_encoder, prompt_embeddings
-from factorportrait.export.weights.estimate import ExportPlan, check_room, plan_export
+from factorportrait.export.weights.estimate import ExportPlan, check_memory, check_room, plan_export
+from factorportrait.export.weights.files import open_weights
 from factorportrait.export.weights.networks import build_vae
 from factorportrait.export.weights.released import Options, Released, open_released
 from factorportrait.files import sha256_file, whole_folder
@@ -98,7 +100,7 @@ def export_released(
     version_of("safetensors")
     released = open_released(path, options)
     check_head(path / HEAD)
-    files = {str(file.relative_to(path) if file.is_relative_to(path) else file.name): sha256_file(file) for file in released.files}
+    files = _digests(path, released.files)
     asked = {
         "precision": precision, "targets": targets, "config": released.config.to_dict(), "blocks": options.blocks_per_graph,
         "loras": [scale for _, scale in options.loras], "tiny": options.decoder is not None, "prompt": options.prompt is not None,
@@ -112,6 +114,7 @@ def export_released(
     for note in (*notes, f"plan: {plan}"):
         on_note(note)
     check_room(plan, output)
+    _check_text_encoder(released)
     on_progress(Progress(0, 1, "", "load"))
     arrays, declared = _constants(released)
     model, undeclared = _load(released)
@@ -122,7 +125,7 @@ def export_released(
         arrays[NEUTRAL_CODE] = model.expression["controller"].neutral_code.numpy()
     cases = DrawnCases(model)
     context = Context(
-        model, cases.longest, in_place=lambda stage, capacity: _with_capacity(model, stage, capacity),
+        model, cases.longest, in_place=partial(with_capacity, model),
         half=lambda stage: HalfWeights(stage.module).stage(stage),
     )  # fmt: skip
     with whole_folder(output) as folder:
@@ -158,8 +161,25 @@ def plan_of(released: Released, precision: str) -> ExportPlan:
     return plan_export(released.tensors, WEIGHT_BYTES[precision], blocks, beside)
 
 
-def _with_capacity(model: ReleasedModel, stage: Stage, capacity: int) -> Stage:
-    return transformer_stage(model, "dit_inplace", stage.module.start, stage.module.end, capacity)
+def _digests(path: Path, files: tuple[Path, ...]) -> dict[str, str]:
+    """Digest by name: below the checkpoint, else the file's own, numbered where another one has it."""
+    root, found = path if path.is_dir() else path.parent, {}
+    for file in files:
+        name = unique = str(file.relative_to(root) if file.is_relative_to(root) else file.name)
+        if unique in found:
+            unique = f"{name} {len(found)}"
+        found[unique] = sha256_file(file)
+    return found
+
+
+def _check_text_encoder(released: Released) -> None:
+    """Raises UserError unless the text encoder fits: UMT5 has 5.7 billion weights, more than small transformers' whole export."""
+    if released.text_encoder is not None and released.options.prompt is None:
+        weights = open_weights(released.text_encoder / "text_encoder").tensors.values()
+        needed = 4 * sum(tensor.nbytes // tensor.dtype.itemsize for tensor in weights)
+        check_memory(
+            "fp-export: the empty prompt's embeddings", needed, "compute them elsewhere and give --prompt-embeddings FILE"
+        )
 
 
 def _constants(released: Released) -> tuple[dict[str, np.ndarray], list[str]]:

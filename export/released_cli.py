@@ -38,7 +38,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     """What was asked for.
 
     Raises:
-        UserError: a value that is none.
+        UserError: a value that is none, a path with nothing there, or an option that has no meaning here.
     """
     from factorportrait.export.weights.released import Options, parse_lora, parse_size
 
@@ -46,6 +46,17 @@ def options_of(arguments: argparse.Namespace) -> Options:
         raise UserError(
             "--blocks-per-graph", expected="1 or more", found=str(arguments.blocks_per_graph), action="choose another number"
         )
+    for name in ("vae", "decoder", "image_encoder", "prompt_embeddings"):
+        place = getattr(arguments, name)
+        if place is not None and not place.exists():
+            option = f"--{name.replace('_', '-')} {place}"
+            raise UserError(option, expected="a file or folder", found="nothing", action="correct the path")
+    for name in ("max_quality_loss_db", "calibration"):
+        if getattr(arguments, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}", expected="a checkpoint of FactorPortrait, whose videos are judged",
+                found=f"{arguments.checkpoint}, a released one, which is not", action="leave it out",
+            )  # fmt: skip
     return Options(
         system=arguments.system, size=None if arguments.size is None else parse_size(arguments.size), vae=arguments.vae,
         decoder=arguments.decoder, loras=tuple(map(parse_lora, arguments.lora)), image_encoder=arguments.image_encoder,

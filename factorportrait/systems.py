@@ -21,7 +21,7 @@ class System:
             video), camera (rays).
         reference: how the portrait gets in. "sink": slot 0, clean, at timestep 0, kept in front of the cache. "slot": slot 0
             without noise, at the timestep of the others, dropped at the end. "noised": slot 0, denoised like the others and
-            dropped. "start": the latents of the first frame. "context": a still first chunk, committed and not shown.
+            dropped. "start": the latents of the first frame. "context": a still first chunk, committed and shown as it is.
         shows_expression: the modulation of the blocks carries an expression.
     """
 

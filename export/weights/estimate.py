@@ -23,6 +23,7 @@ SECONDS_PER_BLOCK = 6.0
 DISK_BYTES_PER_SECOND = 150 * 2**20
 # Small constants and the graphs themselves, beside the weights.
 GRAPH_SHARE = 0.02
+MORE_MEMORY = "close other programs, or use a machine with more memory"
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,20 @@ def check_room(plan: ExportPlan, output: Path, memory_bytes: int | None = None) 
             f"--output {output}", expected=f"{_gib(plan.disk_bytes)} of free disk", found=_gib(free),
             action="free some space, or choose another place with --output",
         )  # fmt: skip
+    smaller = max(plan.part_blocks) > 1
+    action = "export fewer blocks at a time with --blocks-per-graph" if smaller else MORE_MEMORY
+    check_memory("fp-export", plan.memory_bytes, action, memory_bytes)
+
+
+def check_memory(what: str, needed_bytes: int, action: str, memory_bytes: int | None = None) -> None:
+    """Raises UserError unless so much memory is there.
+
+    Args:
+        memory_bytes: that may be used; None asks the system.
+    """
     memory = available_memory() if memory_bytes is None else memory_bytes
-    if memory is not None and memory < plan.memory_bytes:
-        smaller = max(plan.part_blocks) > 1
-        raise UserError(
-            "fp-export", expected=f"{_gib(plan.memory_bytes)} of free memory", found=_gib(memory),
-            action="export fewer blocks at a time" if smaller else "close other programs, or use a machine with more memory",
-        )  # fmt: skip
+    if memory is not None and memory < needed_bytes:
+        raise UserError(what, expected=f"{_gib(needed_bytes)} of free memory", found=_gib(memory), action=action)
 
 
 def available_memory() -> int | None:

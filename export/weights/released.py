@@ -116,6 +116,11 @@ def open_released(path: Path, options: Options) -> Released:
     network = transformer.config
     causal = any("weights of generator" in note for note in transformer.notes)
     recipe = _recipe(network, options.system, causal, transformer.where)
+    if options.image_encoder is not None and network.dit.image_dim is None:
+        raise UserError(
+            f"--image-encoder {options.image_encoder}", expected="a transformer that looks at a picture's embeddings", found="none",
+            action="leave it out",
+        )  # fmt: skip
     vae = open_vae(options.vae or _vae_of(path))
     notes += [f"VAE: {note}" for note in vae.notes]
     tensors, fusion = transformer.tensors, network.fusion
@@ -167,6 +172,12 @@ def _config(recipe: Recipe, dit: DiTConfig, fusion: FusionConfig, vae: VAEConfig
 
 
 def _transformer_of(path: Path) -> Path:
+    if (path / "transformer_2").is_dir():
+        # Wan2.2's A14B: one expert alone would give pictures, and wrong ones.
+        raise CheckpointError(
+            f"checkpoint {path}", expected="one transformer", found="two: transformer_2 denoises the last steps",
+            action="export a release with one: no system here changes networks between steps",
+        )  # fmt: skip
     if path.is_dir() and (path / "transformer").is_dir():
         return path / "transformer"
     return (path.is_dir() and _transformer_file(path)) or path

@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from wan_models import diffusers_transformer, diffusers_vae
 
 from factorportrait.bundle import PROMPT, Bundle, stage_parts
-from factorportrait.export import variants
+from factorportrait.export import released, variants
 from factorportrait.export.build import write_arrays
 from factorportrait.export.cli import main as fp_export
-from factorportrait.export.parts import LazyTransformer
+from factorportrait.export.parts import EXAMPLE_SIZES, LazyTransformer, ReleasedModel, transformer_stage, with_capacity
+from factorportrait.export.released import _digests
+from factorportrait.export.weights import estimate
 from factorportrait.export.weights.files import open_weights
 from factorportrait.export.weights.networks import PUBLISHED, open_transformer
 from factorportrait.export.weights.released import Options, open_released, recipes
@@ -354,6 +356,14 @@ BAD_CHECKPOINTS = {
     "a prompt of another width": (
         lambda folder: np.save(folder / "prompt.npy", np.zeros((3, 5))), ["--prompt-embeddings", "prompt.npy"], "[tokens, 24]",
     ),
+    "an expert of two": (lambda folder: (folder / "transformer_2").mkdir(), [], "expected one transformer; found two"),
+    "a picture encoder for a network without": (
+        lambda folder: (folder / "clip.d").mkdir(), ["--image-encoder", "clip.d"], "leave it out",
+    ),
+    "no such decoder": (lambda folder: None, ["--decoder", "none.pth"], "none.pth; expected a file or folder; found nothing"),
+    "a budget that is not judged": (
+        lambda folder: None, ["--precision", "fp16", "--max-quality-loss-db", "1"], "--max-quality-loss-db; expected a checkpoint",
+    ),
     "a decoder that is none": (
         lambda folder: torch.save({"a": torch.zeros(2)}, folder / "taew.pth"), ["--decoder", "taew.pth"], "expected a tiny decoder",
     ),
@@ -400,6 +410,35 @@ def test_bad_checkpoints_are_one_line(case, two_blocks, tmp_path, capsys):
     assert fp_export([str(folder), "--output", str(tmp_path / "bundle"), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert words in line and not (tmp_path / "bundle").exists()
+
+
+def test_files_of_one_name_have_a_digest_each(tmp_path):
+    files = [tmp_path / name / "lora.safetensors" for name in ("a", "b", "c")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(file.parent.name)
+    found = _digests(tmp_path / "a", tuple(files))
+    assert list(found)[0] == "lora.safetensors" and sorted(found.values()) == sorted(map(sha256_file, files))
+    assert list(_digests(files[0], (files[0],))) == ["lora.safetensors"]
+
+
+def test_memory_of_the_text_encoder_is_asked_for(two_blocks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(released, "check_room", lambda plan, output: None)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1000)
+    assert fp_export([str(two_blocks), "--size", "64x64", "--output", str(tmp_path / "bundle")]) == 2
+    assert "compute them elsewhere and give --prompt-embeddings FILE" in capsys.readouterr().err
+
+
+def test_a_fixed_number_of_slots_takes_no_second_copy_of_the_weights(tmp_path):
+    write_release("self-forcing", tmp_path / "checkpoint", tiny=True, layers=1)
+    found = open_released(tmp_path / "checkpoint", Options(size=(SIZE, SIZE)))
+    model = ReleasedModel(found.config, LazyTransformer(found.config, found.tensors, found.where), vae=None)
+    stage = transformer_stage(model, "dit_inplace", 0, 1)
+    fixed = with_capacity(model, stage, 7)
+    assert stage.module.capacity is None and fixed.module.capacity == 7
+    rows = [dict(zip(each.input_names, each.args, strict=True))["cache_k.0"].shape[2] for each in (stage, fixed)]
+    assert rows == [EXAMPLE_SIZES["S"] * found.config.tokens_per_frame, 7 * found.config.tokens_per_frame]
+    assert all(a is b for a, b in zip(stage.module.parameters(), fixed.module.parameters(), strict=True))
 
 
 def test_options_of_released_checkpoints_are_for_them(tiny_checkpoint, tmp_path, capsys):
