@@ -75,7 +75,7 @@ def count_graph(path: str | Path, sizes: Mapping[str, int]) -> Work:
         raise UserError(
             f"graph {path}", expected="an ONNX file", found=str(error), action="make the bundle again with fp-export"
         ) from error
-    return count_model(model, sizes, str(path))
+    return count_model(model, sizes, Path(path).name)
 
 
 def count_model(model: onnx.ModelProto, sizes: Mapping[str, int], where: str = "graph") -> Work:
@@ -117,6 +117,9 @@ def infer_tensors(model: onnx.ModelProto, sizes: Mapping[str, int], where: str) 
         if node.op_type in KEEP_SHAPE:
             node.op_type, node.domain = "Identity", ""
             del node.input[1:], node.attribute[:]
+    nodes = [part for node in bound.graph.node for part in _known_layout(node)]
+    del bound.graph.node[:]
+    bound.graph.node.extend(nodes)
     inferred = onnx.shape_inference.infer_shapes(bound, data_prop=True).graph
     tensors = {tensor.name: Tensor(tuple(tensor.dims), _itemsize(tensor.data_type), True) for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
@@ -132,6 +135,26 @@ def infer_tensors(model: onnx.ModelProto, sizes: Mapping[str, int], where: str) 
     return {
         name: Tensor(tensor.shape, tensor.itemsize, name in constants) for name, tensor in tensors.items()
     }  # fmt: skip
+
+
+def _known_layout(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """ONNX Runtime's convolution with channels last as ONNX's own between two transposes, whose sizes can be inferred."""
+    from onnx import helper
+
+    if node.op_type != "QLinearConv" or not _attribute(node, "channels_last", 0):
+        return [node]
+    conv = type(node)()
+    conv.CopyFrom(node)
+    conv.domain = ""
+    conv.input[0], conv.output[0] = f"{node.input[0]}.first.{node.name}", f"{node.output[0]}.first"
+    kept = [attribute for attribute in conv.attribute if attribute.name != "channels_last"]
+    del conv.attribute[:]
+    conv.attribute.extend(kept)
+    return [
+        helper.make_node("Transpose", [node.input[0]], [conv.input[0]], perm=(0, 3, 1, 2)),
+        conv,
+        helper.make_node("Transpose", [conv.output[0]], [node.output[0]], perm=(0, 2, 3, 1)),
+    ]
 
 
 def node_flops(node: onnx.NodeProto, tensors: Mapping[str, Tensor], where: str) -> tuple[str, float]:

@@ -81,7 +81,7 @@ def test_there_and_back(tiny_config):
         ({"expression__aggregator": "max"}, ["causal_conv, window or mean"]),
         ({"generation__modes": []}, ["clip, stream or both"]),
         ({"generation__chunk_frames": 9}, ["1 <= chunk_frames <= window_frames"]),
-        ({"generation__solver": "heun"}, ["euler, renoise, unipc or dpm++"]),
+        ({"generation__solver": "heun"}, ["euler, flow-match, renoise, unipc or dpm++"]),
         ({"height": 36}, ["multiples of 16", "36 x 32"]),
         ({"system": "dex"}, ["expected factorportrait or wan-fun-control", "'dex'"]),
         ({"dit__out_channels": 8}, ["fusion.latent_channels = dit.out_channels = vae.z_dim"]),

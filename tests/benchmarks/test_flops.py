@@ -150,3 +150,19 @@ def test_a_chunk_of_a_bundle_has_every_stage(tiny_bundle, mode):
     assert works["step.0"].flops == pytest.approx(2 * single["step.0"].flops)
     assert single["expression"].flops < works["expression"].flops
     assert all(work.flops > 0 and 0 < work.bytes <= work.node_bytes for work in works.values())
+
+
+def test_a_quantised_convolution_with_channels_last():
+    """1 x 6 x 8 cells of 4 channels to 5, 3 x 3 taps, in ONNX Runtime's operator."""
+    weight = helper.make_tensor("w", TensorProto.INT8, (5, 4, 3, 3), bytes(180), raw=True)
+    scales = [helper.make_tensor(name, TensorProto.FLOAT, (), [1.0]) for name in ("xs", "ws", "ys")]
+    zeros = [helper.make_tensor(f"{name}z", kind, (), [0]) for name, kind in (("x", 2), ("w", 3), ("y", 2))]
+    conv = helper.make_node(
+        "QLinearConv", ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz"], ["y"],
+        domain="com.microsoft", channels_last=1, pads=(1, 1, 1, 1),
+    )  # fmt: skip
+    values = [helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name, shape in (("x", (1, "h", 8, 4)), ("y", None))]
+    graph = helper.make_graph([conv], "g", values[:1], values[1:], [weight, *scales, *zeros])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)])
+    work = count_model(model, {"h": 6})
+    assert work.flops_by_kind == {"conv": 2 * 6 * 8 * 5 * 4 * 9}

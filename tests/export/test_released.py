@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from wan_models import diffusers_transformer, diffusers_vae
 
 from factorportrait.bundle import PROMPT, Bundle, stage_parts
+from factorportrait.errors import UserError
 from factorportrait.export import released, variants
 from factorportrait.export.build import write_arrays
 from factorportrait.export.cli import main as fp_export
@@ -35,8 +36,9 @@ from factorportrait.runtime.cli import main as fp_run
 from factorportrait.runtime.inputs import open_inputs
 from factorportrait.runtime.media.camera import ray_maps
 from factorportrait.runtime.media.portrait import load_portrait
-from factorportrait.runtime.schedule import NoiseSource, flow_schedule
+from factorportrait.runtime.schedule import FACTORS, NoiseSource, flow_schedule, parse_guidance
 from factorportrait.runtime.session import open_bundle
+from factorportrait.runtime.wan import wan_guidance
 from factorportrait.systems import SYSTEMS as SYSTEM_TABLE
 
 INPUTS = Path(__file__).parents[2] / "demo" / "inputs"
@@ -499,6 +501,24 @@ def test_what_conditions_change(exported, tmp_path):
     ):  # fmt: skip
         difference = np.abs(clip.generated(**changes).astype(int) - plain.astype(int)).max()
         assert difference > 4 * TOLERANCE, changes
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [("self-forcing", {"text"}), ("fun-control", {"text", "pose", "reference"}), ("fun-camera", {"text", "camera", "reference"}),
+     ("animate-14b", {"text", "pose", "reference", "expression"})],
+)  # fmt: skip
+def test_guidance_of_what_a_system_does_not_look_at_is_refused(name, seen, tmp_path):
+    write_release(name, tmp_path / "checkpoint", tiny=True, layers=1)
+    config = open_released(tmp_path / "checkpoint", Options(size=(SIZE, SIZE))).config
+    for factor in FACTORS:
+        guidance = parse_guidance(f"{factor}=2", 3)
+        if factor in seen:
+            assert wan_guidance(guidance, config) == guidance
+        else:
+            with pytest.raises(UserError, match=f"--guidance {factor}"):
+                wan_guidance(guidance, config)
+    assert wan_guidance(parse_guidance("2", 3), config).dropped == (frozenset(), frozenset({"text", "expression"}))
 
 
 def test_systems_are_data():

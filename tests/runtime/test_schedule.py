@@ -87,7 +87,7 @@ def test_dpm_solver_is_diffusers(steps, shift):
 def test_euler_is_diffusers(steps, shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
-    schedule = flow_schedule(steps, shift, sigmas=solvers.flow_match_sigmas(steps, shift))
+    schedule = flow_schedule(steps, shift, "flow-match")
     assert_same(schedule, scheduler, with_table(schedule), with_diffusers(scheduler))
     # As the authors of Wan space the levels themselves.
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
@@ -144,7 +144,7 @@ def test_order_2_errs_less_than_euler(solver):
 
 
 def test_what_is_no_schedule():
-    with pytest.raises(ValueError, match="solver: expected one of euler, renoise, unipc, dpm"):
+    with pytest.raises(ValueError, match="solver: expected one of euler, flow-match, renoise, unipc, dpm"):
         flow_schedule(4, 1.0, "heun")
     with pytest.raises(ValueError, match="sigmas: expected 5"):
         flow_schedule(4, 1.0, sigmas=np.linspace(1, 0, 4))
