@@ -12,7 +12,7 @@ from factorportrait.systems import SYSTEMS, System
 STREAMS = ("reference", "noise", "camera", "pose")
 # What else public Wan models concatenate: a mask of the frames that are given, their latents, a control video's latents.
 WAN_STREAMS = ("mask", "image", "control")
-SOLVERS = ("euler", "renoise", "unipc", "dpm++")
+SOLVERS = ("euler", "flow-match", "renoise", "unipc", "dpm++")
 FRAMES_PER_LATENT = 4  # temporal stride of every Wan VAE; slot 1 holds one frame
 TEXT_TOKENS = 512  # rows of a prompt's embeddings; behind the prompt they are zero and seen all the same (Wan's `text_len`)
 

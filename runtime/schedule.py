@@ -45,10 +45,11 @@ def flow_schedule(num_steps: int, shift: float, solver: str = "euler", sigmas: n
     Args:
         num_steps: at least 1.
         shift: timestep shift; 1 for none.
-        solver: "euler" integrates the ODE; "renoise" predicts the clean latent and noises it anew to the next sigma
-            (consistency sampling, Song et al. 2023, algorithm 1), for networks distilled to few steps, such as Self-Forcing's;
+        solver: "euler" integrates the ODE, and "flow-match" does on the levels of diffusers' scheduler of that name;
+            "renoise" predicts the clean latent and noises it anew to the next sigma (consistency sampling, Song et al. 2023,
+            algorithm 1), for networks distilled to few steps, such as Self-Forcing's;
             "unipc" and "dpm++" are multistep solvers of order 2, whose tables look back on all steps.
-        sigmas: [num_steps + 1] levels from noise to 0 in place of the solver's own, such as `solvers.flow_match_sigmas`.
+        sigmas: [num_steps + 1] levels from noise to 0 in place of the solver's own, such as `solvers.dynamic_sigmas`.
 
     Raises:
         UserError: num_steps is not positive.
@@ -66,7 +67,7 @@ def flow_schedule(num_steps: int, shift: float, solver: str = "euler", sigmas: n
     if table is None:
         now, following = sigmas[:-1], sigmas[1:]
         return Schedule(timesteps, 1 - following, (-now * (1 - following))[:, None], following)
-    if solver != "euler":
+    if table is not solvers.euler:
         # The multistep schedulers of diffusers hand the network whole timesteps, cut off, and compute with rounded levels.
         timesteps, sigmas = np.trunc(timesteps), solvers.as_float32(sigmas)
     return Schedule(timesteps, np.ones(num_steps), table(sigmas), np.zeros(num_steps))
@@ -75,6 +76,7 @@ def flow_schedule(num_steps: int, shift: float, solver: str = "euler", sigmas: n
 # Noise levels and coefficients by a solver's name; "renoise" is no table of velocities.
 _SOLVERS = {
     "euler": (solvers.wan_sigmas, solvers.euler),
+    "flow-match": (solvers.flow_match_sigmas, solvers.euler),
     "renoise": (solvers.wan_sigmas, None),
     "unipc": (solvers.unipc_sigmas, solvers.unipc),
     "dpm++": (solvers.dpm_sigmas, solvers.dpm_solver),

@@ -238,7 +238,7 @@ class Session:
         if options.guidance_steps is not None:
             guidance = limit_guidance(guidance, options.guidance_steps)
         if is_wan:
-            guidance = wan_guidance(guidance)
+            guidance = wan_guidance(guidance, self.config)
         generation = self.config.generation
         schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
         noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))

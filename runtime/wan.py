@@ -31,11 +31,25 @@ def slot_rules(config: ModelConfig) -> SlotRules:
     return SlotRules(lead=int(reference in ("sink", "slot")), lead_is_clean=reference == "sink", sink=int(reference == "sink"))
 
 
-def wan_guidance(guidance: Guidance) -> Guidance:
-    """Guidance of all conditions at once is, in Wan, that of the text and the face alone: pictures and controls stay."""
-    everything = frozenset(FACTORS)
-    dropped = (frozenset({"text", "expression"}) if drops == everything else drops for drops in guidance.dropped)
-    return Guidance(tuple(dropped), guidance.weights)
+def wan_guidance(guidance: Guidance, config: ModelConfig) -> Guidance:
+    """Guidance of all conditions at once is, in Wan, that of the text and the face alone: pictures and controls stay.
+
+    Raises:
+        UserError: a factor that the system does not look at; its pass would cost as much as any and change nothing.
+    """
+    system, everything = config.conditioning, frozenset(FACTORS)
+    known = {"face": "expression", "pose": "pose", "camera": "camera"}
+    seen = {known[name] for name in system.follows}
+    seen |= {"reference"} if system.reference != "context" else set()
+    seen |= {"text"} if config.dit.text_dim is not None else set()
+    dropped = tuple(frozenset({"text", "expression"}) if drops == everything else drops for drops in guidance.dropped)
+    for drops in dropped:
+        if drops and not drops & seen:
+            raise UserError(
+                f"--guidance {', '.join(sorted(drops))}", expected=f"some of {', '.join(name for name in FACTORS if name in seen)}",
+                found=f"{config.system}, which does not look at it", action="leave it out",
+            )  # fmt: skip
+    return Guidance(dropped, guidance.weights)
 
 
 class WanEncoder:
