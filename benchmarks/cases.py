@@ -274,6 +274,11 @@ def materialise(case: Case) -> Path:
             _export(shipped_checkpoint(), path, case.precision)
         return path
     bundle = Bundle(case.bundle)
+    if not bundle.config.conditioning.shows_expression:
+        raise UserError(
+            f"case {case.name}", expected="FactorPortrait, whose work is counted", found=f"one of {bundle.config.system}",
+            action="fp-run --json prints the times of a run",
+        )  # fmt: skip
     sizes = {bundle.config.height, bundle.config.width}
     if case.resolution is not None and sizes != {case.resolution}:
         raise UserError(

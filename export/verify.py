@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     bundle = Bundle(options.bundle)
+    _check_recordable(bundle)
     bundle.verify()
     reference = reference_engine(bundle, options.reference, options.checkpoint)
     engines = options.engine or present_engines(bundle, reference)
@@ -110,6 +111,19 @@ def run(options: argparse.Namespace) -> int:
         line = f"{comparison.engine}: {comparison.stage}: {comparison.output} exceeds what {precision} is allowed"
         console.print(line, soft_wrap=True, markup=False)
     return 1 if failed else 0
+
+
+def _check_recordable(bundle: Bundle) -> None:
+    """Raises UserError unless a run on the shipped inputs uses the bundle's stages as they are."""
+    from factorportrait.engines.chain import stage_names
+
+    stages = bundle.manifest.stages
+    if not bundle.config.conditioning.shows_expression or stage_names(stages) != set(stages):
+        raise UserError(
+            f"verify {bundle.path}", expected="FactorPortrait with its transformer in one graph",
+            found=f"{bundle.config.system} in {len(stages)} graphs",
+            action="fp-export inspect BUNDLE prints how far each graph was from torch when it was exported",
+        )  # fmt: skip
 
 
 def verify(

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from wan_models import diffusers_transformer, diffusers_vae
 
+from factorportrait.benchmarks.cases import Case, materialise
 from factorportrait.bundle import PROMPT, Bundle, stage_parts
 from factorportrait.errors import UserError
 from factorportrait.export import released, variants
@@ -486,6 +487,14 @@ def test_bad_runs_are_one_line(exported, tmp_path, capsys):
     assert run(bare, tmp_path / "out.mp4") == 2 and "give --prompt-embeddings FILE" in capsys.readouterr().err
     np.save(tmp_path / "prompt.npy", np.ones((2, 24), np.float32))
     assert run(bare, tmp_path / "out.mp4", prompt_embeddings=tmp_path / "prompt.npy", frames=5) == 0
+
+
+def test_commands_that_know_factorportrait_alone_say_so(exported, capsys):
+    _, bundle = exported("self-forcing")
+    assert fp_export(["verify", str(bundle)]) == 2
+    assert "found self-forcing in" in capsys.readouterr().err
+    with pytest.raises(UserError, match="expected FactorPortrait.*found one of self-forcing"):
+        materialise(Case(name="public", bundle=str(bundle), mode="stream"))
 
 
 def test_what_conditions_change(exported, tmp_path):
