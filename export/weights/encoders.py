@@ -37,8 +37,9 @@ def prompt_embeddings(folder: Path, prompt: str = "") -> np.ndarray:
     transformers = _transformers("a prompt's embeddings")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        # The precision that Wan was trained with, and half the memory of 5.7 billion weights in fp32.
         encoder = transformers.UMT5EncoderModel.from_pretrained(
-            folder / "text_encoder", local_files_only=True, dtype=torch.float32, low_cpu_mem_usage=True
+            folder / "text_encoder", local_files_only=True, dtype=torch.bfloat16, low_cpu_mem_usage=True
         ).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _unreadable(folder / "text_encoder", "a UMT5 encoder and its tokenizer", error) from error
