@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from factorportrait.export.check import Cases
@@ -151,7 +150,7 @@ def parts_of(model: ReleasedModel, blocks_per_graph: int | None = None) -> list[
         ]
     parts.append(Part("time_embed", partial(_time_embed, model)))
     if model.image_encoder is not None:
-        parts.append(Part("image_encoder", partial(_image_encoder, model.image_encoder)))
+        parts.append(Part("image_encoder", partial(_image_encoder, model)))
     for source, width in (("text", config.dit.text_dim), ("image", config.dit.image_dim)):
         if width is not None:
             for ends in block_ranges(dit, source, blocks_per_graph):
@@ -307,6 +306,6 @@ def _time_embed(model: ReleasedModel) -> Stage:
     )  # fmt: skip
 
 
-def _image_encoder(encoder: ImageEncoder) -> Stage:
-    picture = F.interpolate(torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), (encoder.size, encoder.size))
-    return Stage("image_encoder", encoder.eval(), (2 * picture - 1,), ["image"], ["tokens"])
+def _image_encoder(model: ReleasedModel) -> Stage:
+    picture = Examples(model).pictures(1, 3, model.config.height, model.config.width)
+    return Stage("image_encoder", model.image_encoder.eval(), (picture,), ["image"], ["tokens"])

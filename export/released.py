@@ -55,7 +55,7 @@ from factorportrait.export.precision import HalfWeights
 from factorportrait.export.stages import OPSET
 from factorportrait.export.variants import Context
 from factorportrait.export.weights.assemble import draw_expression
-from factorportrait.export.weights.encoders import open_image_encoder, prompt_embeddings
+from factorportrait.export.weights.encoders import image_encoder_bytes, open_image_encoder, prompt_embeddings
 from factorportrait.export.weights.estimate import ExportPlan, check_memory, check_room, plan_export
 from factorportrait.export.weights.files import open_weights
 from factorportrait.export.weights.networks import build_vae
@@ -157,7 +157,7 @@ def plan_of(released: Released, precision: str) -> ExportPlan:
         blocks = end - start
     beside = 4 * sum(tensor.nbytes // tensor.dtype.itemsize for tensor in released.vae.tensors.values())
     if released.image_encoder is not None:
-        beside += sum(file.stat().st_size for file in released.image_encoder.glob("*.safetensors"))
+        beside += image_encoder_bytes(released.image_encoder)
     return plan_export(released.tensors, WEIGHT_BYTES[precision], blocks, beside)
 
 
@@ -175,7 +175,7 @@ def _digests(path: Path, files: tuple[Path, ...]) -> dict[str, str]:
 def _check_text_encoder(released: Released) -> None:
     """Raises UserError unless the text encoder fits, in bfloat16: with 5.7 billion weights it needs more than a small export."""
     if released.text_encoder is not None and released.options.prompt is None:
-        weights = open_weights(released.text_encoder / "text_encoder").tensors.values()
+        weights = open_weights(released.text_encoder.weights).tensors.values()
         needed = 2 * sum(tensor.nbytes // tensor.dtype.itemsize for tensor in weights)
         check_memory(
             "fp-export: the empty prompt's embeddings", needed, "compute them elsewhere and give --prompt-embeddings FILE"
@@ -196,10 +196,10 @@ def _constants(released: Released) -> tuple[dict[str, np.ndarray], list[str]]:
         arrays[PROMPT] = read_embeddings(released.options.prompt, config.dit.text_dim, TEXT_TOKENS, "--prompt-embeddings")
         notes.append(f"prompt: embeddings of {released.options.prompt.name}")
     elif released.text_encoder is not None:
-        arrays[PROMPT] = prompt_embeddings(released.text_encoder)
+        (arrays[PROMPT],) = prompt_embeddings(released.text_encoder.weights, released.text_encoder.tokenizer, [""])
         notes.append("prompt: the empty one's embeddings, by the checkpoint's text encoder")
     else:
-        notes.append("prompt: none in the bundle, since there is no text encoder: fp-run needs --prompt-embeddings")
+        notes.append("prompt: none in the bundle, for no text encoder with a tokenizer was found: fp-run needs --prompt-embeddings")
     return arrays, notes
 
 

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora", metavar="FILE[:SCALE]", action="append", default=[], help="merge a LoRA; may be repeated")
     group.add_argument("--vae", type=Path, metavar="FILE", help="the VAE's weights, where they do not lie in the checkpoint")
     group.add_argument("--decoder", type=Path, metavar="FILE", help="a tiny decoder (TAEHV) in the place of the VAE's")
-    group.add_argument("--image-encoder", type=Path, metavar="FOLDER", help="CLIP picture encoder as transformers saves it")
+    group.add_argument(
+        "--image-encoder", type=Path, metavar="PATH", help="CLIP picture encoder: a folder of transformers, or models_clip*.pth"
+    )
     group.add_argument(
         "--prompt-embeddings", type=Path, metavar="FILE",
         help="default prompt [tokens, width] as .safetensors or .npy (default: the empty prompt, by the checkpoint's text_encoder)",

@@ -11,7 +11,6 @@ from factorportrait.embeddings import read_embeddings
 from factorportrait.engines.base import Buffers, Engine, HostStage, Mirrored, allocate
 from factorportrait.errors import UserError
 from factorportrait.model_config import TEXT_TOKENS
-from factorportrait.runtime.media.fit import resize, square_crop
 from factorportrait.runtime.schedule import Guidance
 from factorportrait.runtime.vae import to_unit
 
@@ -49,12 +48,10 @@ class LookedUp:
             self._open_image(bundle, config.image_dim, image)
 
     def set_portrait(self, portrait: np.ndarray) -> None:
-        """uint8 [H,W,3]: its middle square goes through the bundle's picture encoder, where there is one."""
+        """uint8 [H,W,3], which goes through the bundle's picture encoder where there is one."""
         if self._encoder is None:
             return
-        picture = self._encoder.inputs["image"][0]
-        side = picture.shape[-1]
-        to_unit(resize(square_crop(portrait, side, None), side), picture)
+        to_unit(portrait, self._encoder.inputs["image"][0])
         fed, call = self._image
         fed.array[...] = self._encoder()["tokens"]
         fed.send()
@@ -65,7 +62,8 @@ class LookedUp:
             tokens = read_embeddings(file, width, None, "--image-embeddings")[None]
         elif "image_encoder" in bundle.manifest.stages:
             self._encoder = HostStage(self._engine, "image_encoder")
-            tokens = np.zeros([tensor.shape for tensor in self._encoder.spec.outputs][0], np.float32)
+            (output,) = self._encoder.spec.outputs
+            tokens = np.zeros(output.shape, np.float32)
         else:
             raise UserError(
                 f"bundle {bundle.path}", expected="a picture encoder, since the transformer looks at the portrait's embeddings",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,5 +23,7 @@ class ImageEncoder(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [B,3,S,S] in -1..1 -> tokens [B,L,image_dim]."""
+        """image [B,3,H,W] in -1..1 -> tokens [B,L,image_dim]."""
+        # As Wan does it: the whole picture on CLIP's square, whatever its shape, neither cropped nor smoothed before.
+        image = F.interpolate(image, (self.size, self.size), mode="bicubic", align_corners=False)
         return self.clip(((image + 1) / 2 - self.mean) / self.std, output_hidden_states=True).hidden_states[-2]

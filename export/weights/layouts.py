@@ -172,6 +172,33 @@ def _residual(ours: str, theirs: str) -> list[Row]:
     return [Row(f"{ours}.{old}", f"{theirs}.{new}") for old, new in _RESIDUAL.items()]
 
 
+# The encoders that releases keep beside their transformer. Ours are the names of the authors' files; diffusers' releases have
+# models of transformers. Of CLIP it is the half for pictures; the other one, for text, Wan does not use.
+TEXT_ENCODER = (
+    Row("token_embedding", "embed_tokens"),
+    *(Row(f"blocks.{{}}.attn.{name}", f"block.{{}}.layer.0.SelfAttention.{name}") for name in "qkvo"),
+    Row("blocks.{}.norm1", "block.{}.layer.0.layer_norm"),
+    Row("blocks.{}.norm2", "block.{}.layer.1.layer_norm"),
+    Row("blocks.{}.ffn.gate.0", "block.{}.layer.1.DenseReluDense.wi_0"),
+    Row("blocks.{}.ffn.fc1", "block.{}.layer.1.DenseReluDense.wi_1"),
+    Row("blocks.{}.ffn.fc2", "block.{}.layer.1.DenseReluDense.wo"),
+    Row("blocks.{}.pos_embedding.embedding", "block.{}.layer.0.SelfAttention.relative_attention_bias"),
+    Row("norm", "final_layer_norm"),
+)
+_CLIP_BLOCK = {
+    "norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2",
+}  # fmt: skip
+IMAGE_ENCODER = (
+    Row("visual.patch_embedding", "embeddings.patch_embedding"),
+    Row("visual.cls_embedding", "embeddings.class_embedding"),
+    Row("visual.pos_embedding", "embeddings.position_embedding.weight"),
+    Row("visual.pre_norm", "pre_layrnorm"),
+    Row("visual.transformer.{}.attn.to_qkv", tuple(f"encoder.layers.{{}}.self_attn.{part}_proj" for part in "qkv")),
+    *(Row(f"visual.transformer.{{}}.{ours}", f"encoder.layers.{{}}.{theirs}") for ours, theirs in _CLIP_BLOCK.items()),
+    Row("visual.post_norm", "post_layernorm"),
+)
+
+
 def to_layout(weights: Mapping[str, Any], rows: Iterable[Row], layout: str) -> dict[str, Any]:
     """Our names -> a layout's. Values are the same objects where the row only renames.
 

@@ -26,6 +26,8 @@ from factorportrait.systems import SYSTEMS
 # Files of other networks that releases keep beside the transformer's.
 _BESIDE = re.compile(r"(vae|models_t5|models_clip|taew|taehv|text_encoder|image_encoder)", re.IGNORECASE)
 _VAE = re.compile(r"vae", re.IGNORECASE)
+# The encoders of an original release; the tokenizer is a folder.
+_TEXT_FILE, _PICTURE_FILE, _TOKENIZER = "models_t5", "models_clip", "google/umt5-xxl"
 _PARTS = ("image_dim", "reference_channels", "pose_channels", "face", "ray_adapter")
 
 
@@ -53,7 +55,7 @@ class Options:
         size: (height, width) in pixels; None for the recipe's.
         vae, decoder: files or folders of a VAE and of a tiny decoder in the place of the VAE's.
         loras: files and their scales, merged in this order.
-        image_encoder: folder of a CLIP picture encoder as `transformers` saves it.
+        image_encoder: folder of a CLIP picture encoder as `transformers` saves it, or the file of an original release.
         prompt: file of a prompt's embeddings.
         blocks_per_graph: None lets their size decide.
     """
@@ -69,12 +71,20 @@ class Options:
 
 
 @dataclass(frozen=True)
+class TextEncoder:
+    """A folder text_encoder or a file models_t5*, and the folder of its tokenizer."""
+
+    weights: Path
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
 class Released:
     """A checkpoint that is ready to be exported; no weight has been read.
 
     Attributes:
         tensors: of the transformer, under our names and with our streams.
-        text_encoder: folder with text_encoder/ and tokenizer/, or None.
+        image_encoder: folder or file of CLIP's picture encoder, where the transformer looks at one and there is one.
         files: everything that the export depends on.
         notes: what was decided, for the user to see and for the manifest.
     """
@@ -86,7 +96,7 @@ class Released:
     vae: Opened
     options: Options
     image_encoder: Path | None
-    text_encoder: Path | None
+    text_encoder: TextEncoder | None
     files: tuple[Path, ...]
     notes: tuple[str, ...]
 
@@ -131,9 +141,8 @@ def open_released(path: Path, options: Options) -> Released:
         notes += [declared, "expression encoder, ARKit map and controller: drawn, untrained; the controller's last layer is zero"]
     config = _config(recipe, network.dit, fusion, vae.config, options.size)
     notes.append(f"system {recipe.system}, as {recipe.name}: {recipe.source}")
-    text = path if path.is_dir() and all((path / name).is_dir() for name in ("text_encoder", "tokenizer")) else None
-    picture = options.image_encoder or (path / "image_encoder" if path.is_dir() and (path / "image_encoder").is_dir() else None)
-    picture = picture if network.dit.image_dim is not None else None
+    text = _text_encoder_of(path)
+    picture = (options.image_encoder or _image_encoder_of(path)) if network.dit.image_dim is not None else None
     return Released(
         config, recipe, tensors, transformer.where, vae, options, picture, text,
         _files(path, options, picture, text), tuple(notes),
@@ -205,11 +214,36 @@ def _vae_of(path: Path) -> Path:
     )  # fmt: skip
 
 
-def _files(path: Path, options: Options, picture: Path | None, text: Path | None) -> tuple[Path, ...]:
+def _text_encoder_of(path: Path) -> TextEncoder | None:
+    """The text encoder of a release's folder, where weights and tokenizer are both there."""
+    folders = TextEncoder(path / "text_encoder", path / "tokenizer")
+    if folders.weights.is_dir() and folders.tokenizer.is_dir():
+        return folders
+    file, tokenizer = _encoder_file(path, _TEXT_FILE), path / _TOKENIZER
+    return TextEncoder(file, tokenizer) if file is not None and tokenizer.is_dir() else None
+
+
+def _image_encoder_of(path: Path) -> Path | None:
+    folder = path / "image_encoder"
+    return folder if folder.is_dir() else _encoder_file(path, _PICTURE_FILE)
+
+
+def _encoder_file(path: Path, start: str) -> Path | None:
+    """The one file of weights in a folder that begins so; None where there is none."""
+    found = sorted(file for file in path.glob(f"{start}*") if file.suffix in SUFFIXES) if path.is_dir() else []
+    if len(found) > 1:
+        raise CheckpointError(
+            f"checkpoint {path}", expected=f"one file {start}*", found=", ".join(file.name for file in found),
+            action="leave the release's own there",
+        )  # fmt: skip
+    return found[0] if found else None
+
+
+def _files(path: Path, options: Options, picture: Path | None, text: TextEncoder | None) -> tuple[Path, ...]:
     """What is digested: every file of weights and every config that was, or will be, read."""
     places = [_transformer_of(path), options.vae or _vae_of(path), *(file for file, _ in options.loras)]
     places += [place for place in (options.decoder, options.prompt, picture) if place is not None]
-    places += [text / "text_encoder", text / "tokenizer"] if text is not None and options.prompt is None else []
+    places += [text.weights, text.tokenizer] if text is not None and options.prompt is None else []
     places += [path / HEAD] if (path / HEAD).is_file() else []
     files: list[Path] = []
     for place in places:

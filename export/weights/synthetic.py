@@ -24,6 +24,7 @@ from factorportrait.errors import UserError
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.models.vae import VideoVAE
 from factorportrait.export.weights import layouts
+from factorportrait.export.weights.encoders import CLIP_HEAD_DIM, import_transformers, original_names
 from factorportrait.export.weights.networks import PUBLISHED, WAN21_VAE, WAN22_VAE, Network, blur_constants, rows_of
 from factorportrait.files import whole_folder
 from factorportrait.model_config import FaceConfig
@@ -100,9 +101,9 @@ def write_release(name: str, folder: Path, *, layers: int = 2, tiny: bool = Fals
             # This release has no text encoder of its own: a prompt's embeddings come as a file.
             np.save(into / "prompt.npy", torch.randn(9, network.dit.text_dim, generator=make).numpy())
         else:
-            _write_text_encoder(into, network.dit.text_dim, seed)
+            _write_text_encoder(into, release.layout, network.dit.text_dim, seed)
             if network.dit.image_dim is not None:
-                _write_image_encoder(into / "image_encoder", network.dit.image_dim, seed)
+                _write_image_encoder(into, release.layout, network.dit.image_dim, seed)
 
 
 def _small(vae: VAEConfig) -> VAEConfig:
@@ -238,35 +239,51 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield shard
 
 
-def _write_text_encoder(folder: Path, text_dim: int, seed: int) -> None:
+def _write_text_encoder(folder: Path, layout: str, text_dim: int, seed: int) -> None:
     """A UMT5 of one thin layer and a tokenizer of letters, where the release has a large one."""
+    transformers = import_transformers("a text encoder")
+    # transformers brings tokenizers along.
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
     letters = ["<pad>", "</s>", "<unk>", *(chr(code) for code in range(32, 127))]
     tokenizer = Tokenizer(models.WordLevel({letter: place for place, letter in enumerate(letters)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(
-        folder / "tokenizer"
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
     torch.manual_seed(seed)
-    config = UMT5Config(
+    config = transformers.UMT5Config(
         vocab_size=len(letters), d_model=text_dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
-    UMT5EncoderModel(config).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    model = transformers.UMT5EncoderModel(config).to(torch.bfloat16)
+    if layout == "diffusers":
+        fast.save_pretrained(folder / "tokenizer")
+        model.save_pretrained(folder / "text_encoder")
+    else:
+        fast.save_pretrained(folder / "google" / "umt5-xxl")
+        names = original_names(model.encoder.state_dict(), layouts.TEXT_ENCODER)
+        torch.save(names, folder / "models_t5_umt5-xxl-enc-bf16.pth")
 
 
-def _write_image_encoder(folder: Path, image_dim: int, seed: int) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
+def _write_image_encoder(folder: Path, layout: str, image_dim: int, seed: int) -> None:
+    transformers = import_transformers("a picture encoder")
     torch.manual_seed(seed)
     patch = 14
-    config = CLIPVisionConfig(
-        hidden_size=image_dim, intermediate_size=2 * image_dim, num_hidden_layers=2, num_attention_heads=max(image_dim // 80, 1),
+    config = transformers.CLIPVisionConfig(
+        hidden_size=image_dim, intermediate_size=2 * image_dim, num_hidden_layers=2,
+        num_attention_heads=max(image_dim // CLIP_HEAD_DIM, 1), hidden_act="gelu",
         image_size=patch * (IMAGE_TOKENS_SIDE if image_dim > 100 else 2), patch_size=patch,
     )  # fmt: skip
-    CLIPVisionModel(config).save_pretrained(folder)
+    model = transformers.CLIPVisionModel(config)
+    if layout == "diffusers":
+        model.save_pretrained(folder / "image_encoder")
+        return
+    names = original_names(getattr(model, "vision_model", model).state_dict(), layouts.IMAGE_ENCODER)
+    # The other half of the release's file, which is not looked at.
+    beside = {"log_scale": [], "visual.head": [image_dim, 4], "textual.token_embedding.weight": [9, 4]}
+    names |= {name: torch.zeros(shape) for name, shape in beside.items()}
+    torch.save(names, folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
 
 
 def _write_json(path: Path, data: dict) -> None:

@@ -1,0 +1,142 @@
+"""Text and picture encoders of both kinds of release: the authors' files give what `transformers` gives with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from wan_models import with_noise
+
+from factorportrait.errors import CheckpointError
+from factorportrait.export.weights import encoders, layouts
+from factorportrait.export.weights.encoders import (
+    CLIP_MEAN,
+    CLIP_STD,
+    open_image_encoder,
+    original_names,
+    prompt_embeddings,
+)
+from factorportrait.export.weights.released import Options, open_released
+from factorportrait.export.weights.synthetic import write_release
+
+CLIP_WIDTH = 160  # two heads
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """An original release; its tokenizer serves the text encoders here."""
+    folder = tmp_path_factory.mktemp("fun") / "checkpoint"
+    write_release("fun-control", folder, tiny=True, layers=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def umt5():
+    config = UMT5Config(
+        vocab_size=98, d_model=24, d_kv=6, d_ff=20, num_layers=2, num_heads=3, relative_attention_num_buckets=10,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return with_noise(UMT5EncoderModel(config), 0).to(torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    config = CLIPVisionConfig(
+        hidden_size=CLIP_WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=42, patch_size=14,
+        hidden_act="gelu",
+    )  # fmt: skip
+    return with_noise(CLIPVisionModel(config), 1).eval()
+
+
+def original_text(umt5):
+    return original_names(umt5.encoder.state_dict(), layouts.TEXT_ENCODER)
+
+
+def original_picture(clip):
+    names = original_names(clip.state_dict(), layouts.IMAGE_ENCODER)
+    return names | {"visual.head": torch.zeros(3, 3), "textual.norm.weight": torch.zeros(2), "log_scale": torch.zeros([])}
+
+
+def test_text_of_both_releases_is_the_same(umt5, release, tmp_path):
+    umt5.save_pretrained(tmp_path / "text_encoder")
+    torch.save(original_text(umt5), tmp_path / "models_t5.pth")
+    tokenizer, prompts = release / "google" / "umt5-xxl", ["", "a  face,\nturning"]
+    ours, theirs = (prompt_embeddings(tmp_path / name, tokenizer, prompts) for name in ("models_t5.pth", "text_encoder"))
+    assert [len(rows) for rows in ours] == [1, len("a face, turning") + 1]
+    for found, expected in zip(ours, theirs, strict=True):
+        assert expected.std() > 0.1
+        assert (found == expected).all()
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="the system does not list what is mapped")
+def test_the_text_encoder_stays_pages_of_its_file(umt5, tmp_path):
+    file = tmp_path / "models_t5.pth"
+    torch.save(original_text(umt5), file)
+    encoder = encoders._text_encoder(encoders.import_transformers("the test"), file)
+    lines = (line.split() for line in MAPS.read_text().splitlines() if line.endswith(str(file)))
+    pages = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for name, tensor in encoder.named_parameters():
+        assert any(start <= tensor.data_ptr() < end for start, end in pages), name
+
+
+@torch.no_grad()
+def test_pictures_are_transformers_and_stretched_as_wan_does_it(clip, tmp_path):
+    clip.save_pretrained(tmp_path / "image_encoder")
+    torch.save(original_picture(clip), tmp_path / "models_clip.pth")
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # The whole picture on the square, bicubic, not cropped to its middle.
+    square = (F.interpolate(picture, (42, 42), mode="bicubic", align_corners=False) + 1) / 2
+    square = (square - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    expected = clip(square, output_hidden_states=True).hidden_states[-2]
+    for name in ("models_clip.pth", "image_encoder"):
+        found = open_image_encoder(tmp_path / name, CLIP_WIDTH)(picture)
+        assert found.shape == (1, 10, CLIP_WIDTH)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CheckpointError, match=f"expected tokens of width 80; found {CLIP_WIDTH}"):
+        open_image_encoder(tmp_path / "models_clip.pth", 80)
+
+
+GONE = {
+    "a weight": ("blocks.1.ffn.fc1.weight", "blocks.1.ffn.fc9.weight", "missing blocks.1.ffn.fc1.weight .nearest: blocks.1.ffn"),
+    "what says a size": ("token_embedding.weight", None, "with token_embedding.weight of 2 axes"),
+    "too much": (None, "decoder.norm.weight", "left over decoder.norm.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GONE)
+def test_what_a_text_encoder_lacks_is_named(case, umt5, release, tmp_path):
+    gone, added, words = GONE[case]
+    weights = original_text(umt5)
+    value = weights.pop(gone) if gone else torch.zeros(2)
+    torch.save(weights | ({added: value} if added else {}), tmp_path / "models_t5.pth")
+    with pytest.raises(CheckpointError, match=words):
+        prompt_embeddings(tmp_path / "models_t5.pth", release / "google" / "umt5-xxl", [""])
+
+
+def test_what_a_picture_encoder_lacks_is_named(clip, tmp_path):
+    weights = original_picture(clip)
+    block = "visual.transformer.2.attn"
+    weights[f"{block}.qkv.weight"] = weights.pop(f"{block}.to_qkv.weight")
+    torch.save(weights, tmp_path / "models_clip.pth")
+    with pytest.raises(CheckpointError, match=f"missing {block}.to_qkv.weight .*left over {block}.qkv.weight"):
+        open_image_encoder(tmp_path / "models_clip.pth", CLIP_WIDTH)
+    weights = original_picture(clip) | {"visual.pos_embedding": torch.zeros(1, 17, CLIP_WIDTH - 1)}
+    torch.save(weights, tmp_path / "models_clip.pth")
+    with pytest.raises(CheckpointError, match=r"visual.pos_embedding; expected shape \[1, 17, 160\]; found \[1, 17, 159\]"):
+        open_image_encoder(tmp_path / "models_clip.pth", CLIP_WIDTH)
+
+
+def test_original_releases_bring_their_encoders(release):
+    found = open_released(release, Options(size=(64, 64)))
+    assert found.image_encoder == release / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    assert found.text_encoder.weights == release / "models_t5_umt5-xxl-enc-bf16.pth"
+    assert {found.image_encoder, found.text_encoder.weights} <= set(found.files)
+    assert any(file.parent == release / "google" / "umt5-xxl" for file in found.files)
+    (release / "models_t5_other.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"expected one file models_t5\*"):
+        open_released(release, Options(size=(64, 64)))
+    (release / "models_t5_other.safetensors").unlink()
