@@ -17,6 +17,7 @@ from factorportrait.bundle import (
     EMBED_BIAS,
     EMBED_WEIGHT,
     MANIFEST,
+    NEGATIVE_PROMPT,
     NEUTRAL_CODE,
     PROMPT,
     Bundle,
@@ -100,19 +101,21 @@ def export_released(
     version_of("safetensors")
     released = open_released(path, options)
     check_head(path / HEAD)
+    notes, plan = list(released.notes), plan_of(released, precision)
+    for note in (*notes, f"plan: {plan}"):
+        on_note(note)
+    if force or not output.exists():
+        check_room(plan, output)  # before gigabytes are read for their digests, unless an older bundle may be found up to date
     files = _digests(path, released.files)
     asked = {
         "precision": precision, "targets": targets, "config": released.config.to_dict(), "blocks": options.blocks_per_graph,
         "loras": [scale for _, scale in options.loras], "tiny": options.decoder is not None, "prompt": options.prompt is not None,
+        "negative": options.negative is not None,
     }  # fmt: skip
     key = digest_of({"checkpoint": files, "options": asked, "sources": source_digests(), "versions": versions})
     if not force and (old := bundle_with(output, key)) is not None:
         return report_of(old, True, started)
 
-    notes = list(released.notes)
-    plan = plan_of(released, precision)
-    for note in (*notes, f"plan: {plan}"):
-        on_note(note)
     check_room(plan, output)
     _check_text_encoder(released)
     on_progress(Progress(0, 1, "", "load"))
@@ -178,7 +181,7 @@ def _check_text_encoder(released: Released) -> None:
         weights = open_weights(released.text_encoder.weights).tensors.values()
         needed = 2 * sum(tensor.nbytes // tensor.dtype.itemsize for tensor in weights)
         check_memory(
-            "fp-export: the empty prompt's embeddings", needed, "compute them elsewhere and give --prompt-embeddings FILE"
+            "fp-export: the prompts' embeddings", needed, "compute them elsewhere and give --prompt-embeddings FILE"
         )
 
 
@@ -192,13 +195,20 @@ def _constants(released: Released) -> tuple[dict[str, np.ndarray], list[str]]:
         arrays |= {EMBED_BIAS: bias, EMBED_WEIGHT: released.tensors["patch_embedding.weight"].load().float().numpy()}
     if config.dit.text_dim is None:
         return arrays, notes
-    if released.options.prompt is not None:
-        arrays[PROMPT] = read_embeddings(released.options.prompt, config.dit.text_dim, TEXT_TOKENS, "--prompt-embeddings")
-        notes.append(f"prompt: embeddings of {released.options.prompt.name}")
-    elif released.text_encoder is not None:
-        (arrays[PROMPT],) = prompt_embeddings(released.text_encoder.weights, released.text_encoder.tokenizer, [""])
-        notes.append("prompt: the empty one's embeddings, by the checkpoint's text encoder")
-    else:
+    options, encoder, prompts = released.options, released.text_encoder, {}
+    for name, file, option in (
+        (PROMPT, options.prompt, "--prompt-embeddings"), (NEGATIVE_PROMPT, options.negative, "--negative-embeddings"),
+    ):  # fmt: skip
+        if file is not None:
+            arrays[name] = read_embeddings(file, config.dit.text_dim, TEXT_TOKENS, option)
+            notes.append(f"{name.replace('_', ' ')}: embeddings of {file.name}")
+    if PROMPT not in arrays and encoder is not None:
+        prompts[PROMPT] = released.recipe.prompt
+        if NEGATIVE_PROMPT not in arrays and released.recipe.negative_prompt is not None:
+            prompts[NEGATIVE_PROMPT] = released.recipe.negative_prompt
+        arrays |= zip(prompts, prompt_embeddings(encoder.weights, encoder.tokenizer, list(prompts.values())), strict=True)
+        notes += [f"{name.replace('_', ' ')}: {text or 'the empty one'}, by the text encoder" for name, text in prompts.items()]
+    if PROMPT not in arrays:
         notes.append("prompt: none in the bundle, for no text encoder with a tokenizer was found: fp-run needs --prompt-embeddings")
     return arrays, notes
 

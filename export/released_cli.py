@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from factorportrait.export.weights.released import Options
 
 # Options of `add_arguments` by their names in the namespace.
-NAMES = ("system", "size", "vae", "decoder", "lora", "image_encoder", "prompt_embeddings", "blocks_per_graph")
+NAMES = (
+    "system", "size", "vae", "decoder", "lora", "image_encoder", "prompt_embeddings", "negative_embeddings", "blocks_per_graph",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prompt-embeddings", type=Path, metavar="FILE",
-        help="default prompt [tokens, width] as .safetensors or .npy (default: the empty prompt, by the checkpoint's text_encoder)",
+        help="default prompt [tokens, width] as .safetensors or .npy (default: the release's, by its text encoder)",
     )  # fmt: skip
+    group.add_argument(
+        "--negative-embeddings", type=Path, metavar="FILE", help="what guidance leads away from, as --prompt-embeddings"
+    )
     group.add_argument(
         "--blocks-per-graph", type=int, metavar="N", help="blocks of the transformer in one graph (default: by their size)"
     )
@@ -48,7 +53,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         raise UserError(
             "--blocks-per-graph", expected="1 or more", found=str(arguments.blocks_per_graph), action="choose another number"
         )
-    for name in ("vae", "decoder", "image_encoder", "prompt_embeddings"):
+    for name in ("vae", "decoder", "image_encoder", "prompt_embeddings", "negative_embeddings"):
         place = getattr(arguments, name)
         if place is not None and not place.exists():
             option = f"--{name.replace('_', '-')} {place}"
@@ -62,7 +67,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     return Options(
         system=arguments.system, size=None if arguments.size is None else parse_size(arguments.size), vae=arguments.vae,
         decoder=arguments.decoder, loras=tuple(map(parse_lora, arguments.lora)), image_encoder=arguments.image_encoder,
-        prompt=arguments.prompt_embeddings, blocks_per_graph=arguments.blocks_per_graph,
+        prompt=arguments.prompt_embeddings, negative=arguments.negative_embeddings, blocks_per_graph=arguments.blocks_per_graph,
     )  # fmt: skip
 
 

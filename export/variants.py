@@ -92,7 +92,8 @@ class Context:
 
     def with_capacity(self, stage: Stage) -> Stage:
         """A stage on a cache in place that has as many slots as the config's window asks for."""
-        capacity = 1 + self.model.config.generation.window_frames
+        config = self.model.config
+        capacity = config.conditioning.sink_slots + config.generation.window_frames
         return in_place_stage(self.model, capacity) if self._in_place is None else self._in_place(stage, capacity)
 
 

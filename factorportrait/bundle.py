@@ -27,8 +27,9 @@ from factorportrait.model_config import ModelConfig
 SCHEMA = 3  # 2 has one system and no ranges of blocks; it is read as it is
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.npz"
-# Arrays of the constants: the expression code [E] of a face at rest, the default prompt's embeddings [L, text_dim].
-NEUTRAL_CODE, PROMPT = "neutral_code", "prompt"
+# Arrays of the constants: the expression code [E] of a face at rest, and the embeddings [L, text_dim] of the default prompt and of
+# the negative one, which guidance leads away from.
+NEUTRAL_CODE, PROMPT, NEGATIVE_PROMPT = "neutral_code", "prompt", "negative_prompt"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "fp8")
 # Who runs a graph: ONNX Runtime on the CPU, ONNX Runtime on CUDA, TensorRT.
 TARGETS = ("cpu", "cuda", "tensorrt")

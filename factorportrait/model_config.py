@@ -224,10 +224,13 @@ class GenerationConfig:
     timestep_shift: float = 1.0
     denoising_steps: int = 4
     solver: str = "euler"  # of SOLVERS, see runtime/schedule.py
+    guidance_scale: float = 1.0  # of all conditions at once, where a run asks for no other; 1 is none
 
     def __post_init__(self):
         object.__setattr__(self, "modes", tuple(self.modes))
-        require_positive(self, "chunk_frames", "window_frames", "max_clip_frames", "timestep_shift", "denoising_steps")
+        require_positive(
+            self, "chunk_frames", "window_frames", "max_clip_frames", "timestep_shift", "denoising_steps", "guidance_scale"
+        )
         if not self.modes or any(mode not in ("clip", "stream") for mode in self.modes):
             raise CheckpointError(
                 "modes",

@@ -37,6 +37,11 @@ class System:
         """Slots in front of the frames of a clip."""
         return int(self.reference in ("sink", "slot", "noised"))
 
+    @property
+    def sink_slots(self) -> int:
+        """Slots in front of the window of a stream that stay in the cache."""
+        return int(self.reference == "sink")
+
 
 def _system(summary: str, streams: str, parts: str, follows: str, reference: str, **more: bool) -> System:
     return System(summary, tuple(streams.split()), frozenset(parts.split()), frozenset(follows.split()), reference, **more)

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     inputs.add_argument(
         "--prompt-embeddings", type=Path, help="[tokens, width] as .safetensors or .npy (default: the bundle's prompt)"
     )
-    inputs.add_argument("--negative-embeddings", type=Path, help="what guidance leads away from (default: the bundle's prompt)")
+    inputs.add_argument("--negative-embeddings", type=Path, help="what guidance leads away from (default: the bundle's)")
     inputs.add_argument("--image-embeddings", type=Path, help="of the portrait, where the bundle has no picture encoder")
     inputs.add_argument("--camera", help="static, orbit:30, dolly:0.8, freeze:30, transforms.json or cameras.json")
     inputs.add_argument(
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     generation = parser.add_argument_group("generation")
     generation.add_argument("--mode", choices=("clip", "stream"), help="default: stream where the checkpoint allows it")
     generation.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
-    generation.add_argument("--guidance", default="1", help="1 (off), 2.5, or expression=2,pose=1.5")
+    generation.add_argument("--guidance", help="1 (off), 2.5, or expression=2,pose=1.5 (default: the checkpoint's, mostly 1)")
     generation.add_argument("--seed", type=int, default=0)
     generation.add_argument("--chunk", type=int, help="latent frames generated together (stream)")
     generation.add_argument("--window", type=int, help="latent frames that a chunk sees, itself included (stream)")
@@ -180,7 +180,8 @@ def run(arguments: argparse.Namespace) -> int:
     session = opened.session(options)
     print(
         f"fp-run: engine {opened.engine.name} ({opened.engine_reason}), cache {session.cache} ({session.cache_reason}), "
-        f"embedding {session.embedding} ({session.embedding_reason}), overlap {session.overlap} ({session.overlap_reason})"
+        f"embedding {session.embedding} ({session.embedding_reason}), overlap {session.overlap} ({session.overlap_reason}), "
+        f"guidance {session.options.guidance} ({'the default' if arguments.guidance is None else 'asked for'})"
     )
     if driving.num_frames is not None:
         session.check_length(driving.num_frames)

@@ -97,6 +97,11 @@ def open_inputs(
         MediaError, UserError: a source cannot be used, or sources do not go together.
     """
     config, notes = bundle.config, []
+    if control is not None and pose_from is not None:
+        raise UserError(
+            f"--control {control} with --pose-from {pose_from}", expected="one source of the pose", found="two",
+            action="leave one of them out",
+        )  # fmt: skip
     expression_path = expression_from if expression_from is not None else driving
     expression = _open(expression_path, fps)
     if expression is None or (expression.clip.video is None and expression.clip.coefficients is None):

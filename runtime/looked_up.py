@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from factorportrait.bundle import PROMPT, Bundle
+from factorportrait.bundle import NEGATIVE_PROMPT, PROMPT, Bundle
 from factorportrait.embeddings import read_embeddings
 from factorportrait.engines.base import Buffers, Engine, HostStage, Mirrored, allocate
 from factorportrait.errors import UserError
@@ -19,8 +19,8 @@ class LookedUp:
     """Keys and values of text and picture in memory that the transformer is bound to.
 
     Args:
-        prompt, negative: files of embeddings; None takes the bundle's prompt. The negative one is what is left where guidance
-            drops the text.
+        prompt, negative: files of embeddings; None takes the bundle's. The negative prompt is what is left where guidance drops the
+            text; a bundle without one takes its prompt.
         image: file of the portrait's embeddings; None has them computed by the bundle's picture encoder.
 
     Raises:
@@ -36,10 +36,11 @@ class LookedUp:
         })  # fmt: skip
         self.tensors: list[Buffers] = [{} for _ in guidance.dropped]
         if config.text_dim is not None:
-            stored = bundle.constants().get(PROMPT)
+            constants = bundle.constants()
+            stored = constants.get(PROMPT)
             texts = {False: self._text(bundle, prompt, "--prompt-embeddings", stored)}
             if any("text" in dropped for dropped in guidance.dropped):
-                texts[True] = self._text(bundle, negative, "--negative-embeddings", stored)
+                texts[True] = self._text(bundle, negative, "--negative-embeddings", constants.get(NEGATIVE_PROMPT, stored))
             kept = {drops: self._embed("text", text) for drops, text in texts.items()}
             self.tensors = [dict(kept["text" in dropped]) for dropped in guidance.dropped]
         self._encoder: HostStage | None = None

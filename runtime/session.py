@@ -73,7 +73,7 @@ class SessionOptions:
 
     mode: str | None = None
     steps: int | None = None
-    guidance: str = "1"
+    guidance: str | None = None
     seed: int = 0
     chunk_frames: int | None = None
     window_frames: int | None = None
@@ -121,7 +121,8 @@ class SessionOptions:
             raise UserError("--step-cache", expected="0 or more", found=str(self.step_cache), action="0 switches it off")
         if self.guidance_steps is not None and self.guidance_steps < 0:
             raise UserError("--guidance-steps", expected="0 or more", found=str(self.guidance_steps), action="leave it out for all")
-        return replace(self, mode=mode, steps=steps, chunk_frames=chunk, window_frames=window)
+        guidance = f"{generation.guidance_scale:g}" if self.guidance is None else self.guidance
+        return replace(self, mode=mode, steps=steps, guidance=guidance, chunk_frames=chunk, window_frames=window)
 
 
 def parse_hoist(text: str) -> tuple[str, ...]:

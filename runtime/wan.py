@@ -27,8 +27,9 @@ from factorportrait.runtime.vae import StreamingVAE, to_unit
 
 def slot_rules(config: ModelConfig) -> SlotRules:
     """How a system's slots lie. A lead that is denoised like all others is a frame to the loop, and dropped behind it."""
-    reference = config.conditioning.reference
-    return SlotRules(lead=int(reference in ("sink", "slot")), lead_is_clean=reference == "sink", sink=int(reference == "sink"))
+    system = config.conditioning
+    lead = int(system.reference in ("sink", "slot"))
+    return SlotRules(lead=lead, lead_is_clean=system.reference == "sink", sink=system.sink_slots)
 
 
 def wan_guidance(guidance: Guidance, config: ModelConfig) -> Guidance:

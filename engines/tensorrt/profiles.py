@@ -85,18 +85,18 @@ def _uses(spec: StageSpec, config: ModelConfig) -> dict[str, dict[str, Range]]:
     """Per use of a stage the range of every size that it may have; DESIGN.md explains the sizes."""
     generation = config.generation
     chunk, window = generation.chunk_frames, generation.window_frames
-    clip_slots = 1 + generation.max_clip_frames
+    sink, clip_slots = config.conditioning.sink_slots, config.conditioning.lead_slots + generation.max_clip_frames
     modes = generation.modes
     text = {"L": Range(TEXT_TOKENS, TEXT_TOKENS, TEXT_TOKENS), "I": Range(1, IMAGE_TOKENS, 2 * IMAGE_TOKENS)}
     if "S" in {size for tensor in spec.inputs for size in tensor.shape}:
-        # The cache in place: the reference alone up to the whole window; the last chunk of a stream may be a short one.
-        return {"stream": {**text, "F": Range(1, chunk, chunk), "S": Range(1, 1 + window, 1 + window)}}
+        # The cache in place: the first slot alone up to the whole window; the last chunk of a stream may be a short one.
+        return {"stream": {**text, "F": Range(1, chunk, chunk), "S": Range(1, sink + window, sink + window)}}
     if any(tensor.name == "past_positions" for tensor in spec.inputs):
         uses = {}
         if "stream" in modes:
             # No past for the reference; then the reference and, once the window is full, all of it but the chunk. A session
             # may ask for shorter chunks than the config's, which look back on more.
-            past = Range(0, 1 + window - chunk, window)
+            past = Range(0, sink + window - chunk, sink + window - 1)
             uses["stream"] = {**text, "F": Range(1, chunk, chunk), "P": past}
         if "clip" in modes:
             uses["clip"] = {**text, "F": Range(1, clip_slots, clip_slots), "P": Range(0, 0, 0)}

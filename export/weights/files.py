@@ -75,11 +75,13 @@ class Weights:
 
     Attributes:
         notes: what was decided on the way, for the user to see.
+        containers: what of a training's pickle they were taken from, such as generator_ema.
     """
 
     tensors: Mapping[str, LazyTensor]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -208,7 +210,7 @@ def _open_pickle(path: Path) -> Weights:
             found=f"{path.stat().st_size} bytes, {str(error).partition('. ')[0] or type(error).__name__}",
             action="copy it again",
         ) from error  # fmt: skip
-    notes = []
+    notes, containers = [], []
     for _ in range(2):
         if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
             break
@@ -217,6 +219,7 @@ def _open_pickle(path: Path) -> Weights:
             break
         others = f" (not {', '.join(names[1:])})" if names[1:] else ""
         notes.append(f"{path.name}: weights of {names[0]}{others}")
+        containers.append(names[0])
         content = content[names[0]]
     tensors = {}
     if isinstance(content, Mapping):
@@ -233,10 +236,12 @@ def _open_pickle(path: Path) -> Weights:
                 f"{path}: {name}", expected="float32, float16 or bfloat16", found=str(tensor.dtype),
                 action="save it again in one of these",
             )  # fmt: skip
-    return _unwrapped({name: LazyTensor.of(tensor) for name, tensor in tensors.items()}, (path,), tuple(notes))
+    return _unwrapped({name: LazyTensor.of(tensor) for name, tensor in tensors.items()}, (path,), tuple(notes), tuple(containers))
 
 
-def _unwrapped(tensors: dict[str, LazyTensor], files: tuple[Path, ...], notes: tuple[str, ...] = ()) -> Weights:
+def _unwrapped(
+    tensors: dict[str, LazyTensor], files: tuple[Path, ...], notes: tuple[str, ...] = (), containers: tuple[str, ...] = ()
+) -> Weights:
     """Take away what a training's wrappers added to the names: a prefix that all of them share, and words inside."""
     names = {name: name for name in tensors}
     for word in WRAPPERS:
@@ -252,7 +257,7 @@ def _unwrapped(tensors: dict[str, LazyTensor], files: tuple[Path, ...], notes: t
             f"{files[0]}", expected="each weight once", found="names that differ in their wrappers alone",
             action="save the network without its training wrappers",
         )  # fmt: skip
-    return Weights({short: tensors[name] for name, short in names.items()}, files, notes)
+    return Weights({short: tensors[name] for name, short in names.items()}, files, notes, containers)
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -117,6 +117,7 @@ class Opened:
         config: a `Network` or a `VAEConfig`.
         layout: which the file has: original or diffusers.
         notes: what was decided, for the user to see.
+        causal: the weights are a causal training's generator, as Self-Forcing saves it.
     """
 
     config: Any
@@ -124,6 +125,7 @@ class Opened:
     where: str
     layout: str
     notes: tuple[str, ...] = field(default=())
+    causal: bool = False
 
 
 def open_transformer(path: str | Path) -> Opened:
@@ -144,7 +146,8 @@ def open_transformer(path: str | Path) -> Opened:
     network = transformer_of(tensors, weights.where, data, file)
     name = next((name for name, known in PUBLISHED.items() if _same_sizes(known, network)), "no published size")
     notes.append(f"{summary(tensors)}; {layout} layout; sizes of {name}, " + (f"{file}" if data else "inferred from shapes"))
-    return Opened(network, tensors, weights.where, layout, tuple(notes))
+    causal = any(name.startswith("generator") for name in weights.containers)
+    return Opened(network, tensors, weights.where, layout, tuple(notes), causal)
 
 
 def open_vae(path: str | Path) -> Opened:

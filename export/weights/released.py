@@ -7,10 +7,11 @@ and systems.toml says how it is sampled.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,12 +29,19 @@ _BESIDE = re.compile(r"(vae|models_t5|models_clip|taew|taehv|text_encoder|image_
 _VAE = re.compile(r"vae", re.IGNORECASE)
 # The encoders of an original release; the tokenizer is a folder.
 _TEXT_FILE, _PICTURE_FILE, _TOKENIZER = "models_t5", "models_clip", "google/umt5-xxl"
+# Names of the two experts of Wan2.2's A14B, each for a part of the steps.
+_EXPERT = re.compile(r"(high|low)_noise", re.IGNORECASE)
 _PARTS = ("image_dim", "reference_channels", "pose_channels", "face", "ray_adapter")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a backbone is exported and sampled; see systems.toml."""
+    """How a backbone is exported and sampled; see systems.toml.
+
+    Attributes:
+        prompt: the authors' default.
+        negative_prompt: what their guidance leads away from; None where they sample without guidance.
+    """
 
     name: str
     system: str
@@ -44,6 +52,8 @@ class Recipe:
     source: str
     example: str
     causal: bool = False
+    prompt: str = ""
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Options:
         vae, decoder: files or folders of a VAE and of a tiny decoder in the place of the VAE's.
         loras: files and their scales, merged in this order.
         image_encoder: folder of a CLIP picture encoder as `transformers` saves it, or the file of an original release.
-        prompt: file of a prompt's embeddings.
+        prompt, negative: files of a prompt's embeddings, and of what guidance leads away from.
         blocks_per_graph: None lets their size decide.
     """
 
@@ -67,6 +77,7 @@ class Options:
     loras: tuple[tuple[Path, float], ...] = ()
     image_encoder: Path | None = None
     prompt: Path | None = None
+    negative: Path | None = None
     blocks_per_graph: int | None = None
 
 
@@ -124,8 +135,7 @@ def open_released(path: Path, options: Options) -> Released:
         transformer = merge_lora(transformer, open_weights(file), scale)
     notes += transformer.notes[len(notes) :]
     network = transformer.config
-    causal = any("weights of generator" in note for note in transformer.notes)
-    recipe = _recipe(network, options.system, causal, transformer.where)
+    recipe = _recipe(network, options.system, transformer.causal, transformer.where)
     if options.image_encoder is not None and network.dit.image_dim is None:
         raise UserError(
             f"--image-encoder {options.image_encoder}", expected="a transformer that looks at a picture's embeddings", found="none",
@@ -139,9 +149,12 @@ def open_released(path: Path, options: Options) -> Released:
         tensors, declared = with_streams(tensors, fusion, wanted)
         fusion = wanted
         notes += [declared, "expression encoder, ARKit map and controller: drawn, untrained; the controller's last layer is zero"]
+    text = _text_encoder_of(path)
     config = _config(recipe, network.dit, fusion, vae.config, options.size)
     notes.append(f"system {recipe.system}, as {recipe.name}: {recipe.source}")
-    text = _text_encoder_of(path)
+    if recipe.generation.guidance_scale != 1:
+        config, note = _with_guidance(config, options.negative is not None or (text is not None and options.prompt is None))
+        notes.append(note)
     picture = (options.image_encoder or _image_encoder_of(path)) if network.dit.image_dim is not None else None
     return Released(
         config, recipe, tensors, transformer.where, vae, options, picture, text,
@@ -180,11 +193,25 @@ def _config(recipe: Recipe, dit: DiTConfig, fusion: FusionConfig, vae: VAEConfig
     )  # fmt: skip
 
 
+def _with_guidance(config: ModelConfig, has_negative: bool) -> tuple[ModelConfig, str]:
+    """A config with its recipe's guidance, or without it where there is no negative prompt to lead away from."""
+    scale = f"{config.generation.guidance_scale:g}"
+    if has_negative:
+        return config, f"guidance: {scale} away from the negative prompt, as its authors sample (fp-run --guidance 1: none)"
+    without = replace(config, generation=replace(config.generation, guidance_scale=1.0))
+    return without, f"guidance: none, though its authors sample with {scale}: that takes --negative-embeddings FILE"
+
+
 def _transformer_of(path: Path) -> Path:
-    if (path / "transformer_2").is_dir():
+    experts = [name for name in ("transformer_2", "high_noise_model", "low_noise_model") if (path / name).is_dir()]
+    if path.name.startswith("transformer") and (path.resolve().parent / "transformer_2").is_dir():
+        experts = ["transformer_2"]
+    own = path.resolve()
+    if experts or _EXPERT.search(own.name) or _EXPERT.search(own.parent.name):
         # Wan2.2's A14B: one expert alone would give pictures, and wrong ones.
         raise CheckpointError(
-            f"checkpoint {path}", expected="one transformer", found="two: transformer_2 denoises the last steps",
+            f"checkpoint {path}", expected="one transformer that denoises every step",
+            found=f"one of two: {experts[0] if experts else own.name} denoises some of them",
             action="export a release with one: no system here changes networks between steps",
         )  # fmt: skip
     if path.is_dir() and (path / "transformer").is_dir():
@@ -242,7 +269,7 @@ def _encoder_file(path: Path, start: str) -> Path | None:
 def _files(path: Path, options: Options, picture: Path | None, text: TextEncoder | None) -> tuple[Path, ...]:
     """What is digested: every file of weights and every config that was, or will be, read."""
     places = [_transformer_of(path), options.vae or _vae_of(path), *(file for file, _ in options.loras)]
-    places += [place for place in (options.decoder, options.prompt, picture) if place is not None]
+    places += [place for place in (options.decoder, options.prompt, options.negative, picture) if place is not None]
     places += [text.weights, text.tokenizer] if text is not None and options.prompt is None else []
     places += [path / HEAD] if (path / HEAD).is_file() else []
     files: list[Path] = []
@@ -259,14 +286,21 @@ def _files(path: Path, options: Options, picture: Path | None, text: TextEncoder
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:SCALE` -> file and scale."""
-    file, colon, scale = text.rpartition(":")
-    if colon:
-        try:
-            return Path(file), float(scale)
-        except ValueError:
-            pass
-    return Path(text), 1.0
+    """`FILE` or `FILE:SCALE` -> file and scale.
+
+    Raises:
+        UserError: a scale that is not finite.
+    """
+    file, colon, after = text.rpartition(":")
+    try:
+        scale = float(after) if colon else None
+    except ValueError:
+        scale = None  # a colon of the path
+    if scale is None:
+        return Path(text), 1.0
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {text}", expected="a finite scale", found=after, action="choose one such as 0.8")
+    return Path(file), scale
 
 
 def parse_size(text: str) -> tuple[int, int]:

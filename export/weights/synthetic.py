@@ -87,6 +87,8 @@ def write_release(name: str, folder: Path, *, layers: int = 2, tiny: bool = Fals
         tiny: one head of 128, a small VAE and face encoder; names and structure stay.
     """
     release = RELEASES[name]
+    if release.layout != "causal":
+        import_transformers("the encoders of a synthetic release")
     network = _network(release.network, layers, tiny)
     vae = _small(release.vae) if tiny else release.vae
     make = torch.Generator().manual_seed(seed)

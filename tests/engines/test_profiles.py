@@ -12,6 +12,7 @@ from factorportrait.engines.base import tensor_shape
 from factorportrait.engines.tensorrt.builder import Job, Phases
 from factorportrait.engines.tensorrt.plans import Options
 from factorportrait.engines.tensorrt.profiles import profiles_of
+from factorportrait.model_config import FusionConfig, ModelConfig, RayAdapterConfig
 
 
 def holding(spec: StageSpec, config, **sizes: int) -> list[str]:
@@ -50,6 +51,28 @@ def test_the_cache_in_place(tiny_config):
     assert profile.shapes["cache_k.0"] == ((1, 1, 4, 64), (1, 1, 24, 64), (1, 1, 24, 64))
     assert "write_index" not in profile.shapes
     assert holding(DIT_IN_PLACE, tiny_config, F=1, S=1) == holding(DIT_IN_PLACE, tiny_config, F=2, S=6) == ["stream"]
+
+
+def test_a_stream_without_a_sink_has_no_slot_for_it(tiny_config):
+    """Self-Forcing sees its window and nothing in front of it: a slot more would cost memory in every block."""
+    config = ModelConfig(
+        system="self-forcing", height=32, width=32, fps=16.0, vae=tiny_config.vae, dit=replace(tiny_config.dit, text_dim=8),
+        fusion=FusionConfig(streams=("noise",)), generation=replace(tiny_config.generation, modes=("stream",)),
+    )  # fmt: skip
+    (in_place,), (concat,) = profiles_of(DIT_IN_PLACE, config), profiles_of(DIT, config)
+    assert in_place.shapes["key_positions"] == ((1,), (5,), (5,))
+    assert concat.shapes["past_positions"] == ((0,), (3,), (4,))
+
+
+def test_a_clip_is_as_long_as_its_system_asks_for(tiny_config):
+    """Control-Camera has its portrait in the first frame, and no slot in front of it."""
+    config = ModelConfig(
+        system="wan-fun-camera", height=32, width=32, fps=16.0, vae=tiny_config.vae,
+        dit=replace(tiny_config.dit, text_dim=8, image_dim=8, ray_adapter=RayAdapterConfig()),
+        fusion=FusionConfig(streams=("noise", "image")), generation=replace(tiny_config.generation, modes=("clip",)),
+    )  # fmt: skip
+    (clip,) = profiles_of(DIT, config)
+    assert clip.shapes["positions"] == ((1,), (9,), (9,))
 
 
 def test_a_factor_of_a_size(tiny_config):

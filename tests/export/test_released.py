@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import av
@@ -20,17 +22,24 @@ from safetensors.torch import load_file, save_file
 from wan_models import diffusers_transformer, diffusers_vae
 
 from factorportrait.benchmarks.cases import Case, materialise
-from factorportrait.bundle import PROMPT, Bundle, stage_parts
-from factorportrait.errors import UserError
+from factorportrait.bundle import NEGATIVE_PROMPT, PROMPT, Bundle, stage_parts
+from factorportrait.errors import CheckpointError, UserError
 from factorportrait.export import released, variants
 from factorportrait.export.build import write_arrays
 from factorportrait.export.cli import main as fp_export
-from factorportrait.export.parts import EXAMPLE_SIZES, LazyTransformer, ReleasedModel, transformer_stage, with_capacity
+from factorportrait.export.parts import (
+    EXAMPLE_SIZES,
+    DrawnCases,
+    LazyTransformer,
+    ReleasedModel,
+    transformer_stage,
+    with_capacity,
+)
 from factorportrait.export.released import _digests
-from factorportrait.export.weights import estimate
+from factorportrait.export.weights import estimate, synthetic
 from factorportrait.export.weights.files import open_weights
 from factorportrait.export.weights.networks import PUBLISHED, open_transformer
-from factorportrait.export.weights.released import Options, open_released, recipes
+from factorportrait.export.weights.released import Options, open_released, parse_lora, recipes
 from factorportrait.export.weights.synthetic import RELEASES, write_release
 from factorportrait.files import sha256_file
 from factorportrait.model_config import TEXT_TOKENS
@@ -51,6 +60,8 @@ SYSTEMS = {
 SLOW = [name for name in RELEASES if name not in SYSTEMS]
 # Exported block by block, where it matters most: blocks with adapters, and a cache in place. The others are one graph.
 CUT = ("animate-14b", "self-forcing")
+# Those whose authors sample with guidance.
+GUIDED = ("fun-control", "fun-camera")
 FRAMES, STEPS, SIZE = 13, 2, 64
 TOLERANCE = 2  # of 255: the last rounding, and a float's noise before it
 
@@ -113,7 +124,9 @@ def test_checkpoint_to_video(name, exported, tmp_path, capsys):
     assert any(note.startswith("system ") for note in notes)
     if bundle.config.system == "factorportrait":
         assert any("untrained: reference" in note for note in notes)
+    capsys.readouterr()
     assert run(path, tmp_path / "out.mp4") == 0
+    assert f"guidance {6 if name in GUIDED else 1} (the default)" in capsys.readouterr().out
     with av.open(str(tmp_path / "out.mp4")) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert frames.shape == (FRAMES, SIZE, SIZE, 3) and frames.std() > 5
@@ -140,10 +153,15 @@ class Clip:
         self.vae.load_state_dict({name: value.load() for name, value in open_weights(checkpoint / "vae").tensors.items()})
         statistics = self.config.vae.latents_mean, self.config.vae.latents_std
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in statistics)
-        rows = self.bundle.constants()[PROMPT]
-        self.text = torch.zeros(1, TEXT_TOKENS, self.config.dit.text_dim)
-        self.text[0, : len(rows)] = torch.from_numpy(rows)
+        self.text = self.prompt(PROMPT)
         self.num_latents = 1 + (frames - 1) // 4
+
+    def prompt(self, name: str) -> torch.Tensor:
+        """A prompt of the bundle with the zeros behind it."""
+        rows = self.bundle.constants()[name]
+        text = torch.zeros(1, TEXT_TOKENS, self.config.dit.text_dim)
+        text[0, : len(rows)] = torch.from_numpy(rows)
+        return text
 
     def ours(self):
         """The torch module, in fp32."""
@@ -258,7 +276,10 @@ def test_animate_is_diffusers(exported):
 
 @pytest.mark.parametrize("name", ["fun-control", "fun-camera"])
 def test_fun_is_its_module_over_the_whole_clip(name, exported):
-    """Control: the portrait in a slot of its own, at the step's timestep. Camera: a first frame, and rays from its camera."""
+    """Control: the portrait in a slot of its own, at the step's timestep. Camera: a first frame, and rays from its camera.
+
+    Both away from the negative prompt, by the guidance of the recipe.
+    """
     checkpoint, bundle = exported(name)
     clip = Clip(checkpoint, bundle)
     model, control = clip.ours(), name == "fun-control"
@@ -278,17 +299,19 @@ def test_fun_is_its_module_over_the_whole_clip(name, exported):
         packed = torch.from_numpy(np.stack([np.stack(group, axis=1).reshape(24, SIZE, SIZE) for group in groups], axis=1))[None]
         tokens = model.embed_streams({"image": first}) + model.control_adapter(packed)
     with torch.no_grad():
-        image_kv, text_kv = model.embed_image(_clip_tokens(checkpoint, clip.portrait)), model.embed_text(clip.text)
-    lead = int(control)
+        image_kv = model.embed_image(_clip_tokens(checkpoint, clip.portrait))
+        texts = [model.embed_text(text) for text in (clip.text, clip.prompt(NEGATIVE_PROMPT))]
+    lead, guidance = int(control), 6
 
     def predict(x, timestep):
         slots = torch.cat([torch.zeros(1, 16, lead, height, width), x], dim=2)
         temb, projection = model.embed_time(torch.full((1, lead + frames), timestep))
         nothing = torch.zeros(1, lead + frames, 6, clip.config.dit.dim)
-        velocity, _ = model(
-            slots, tokens, nothing, temb, projection, torch.arange(lead + frames), text_kv=text_kv, image_kv=image_kv
+        given, negative = (
+            model(slots, tokens, nothing, temb, projection, torch.arange(lead + frames), text_kv=text_kv, image_kv=image_kv)[0]
+            for text_kv in texts
         )
-        return velocity[:, :, lead:]
+        return (negative + guidance * (given - negative))[:, :, lead:]
 
     assert_same(clip.generated(), clip.decode(clip.sample(clip.noise(0, frames), predict)))
 
@@ -360,7 +383,8 @@ BAD_CHECKPOINTS = {
     "a prompt of another width": (
         lambda folder: np.save(folder / "prompt.npy", np.zeros((3, 5))), ["--prompt-embeddings", "prompt.npy"], "[tokens, 24]",
     ),
-    "an expert of two": (lambda folder: (folder / "transformer_2").mkdir(), [], "expected one transformer; found two"),
+    "an expert of two": (lambda folder: (folder / "transformer_2").mkdir(), [], "found one of two: transformer_2"),
+    "a LoRA of no scale": (lambda folder: None, ["--lora", "LORA:nan"], "expected a finite scale; found nan"),
     "a picture encoder for a network without": (
         lambda folder: (folder / "clip.d").mkdir(), ["--image-encoder", "clip.d"], "leave it out",
     ),
@@ -408,12 +432,77 @@ def test_bad_checkpoints_are_one_line(case, two_blocks, tmp_path, capsys):
     folder = tmp_path / "checkpoint"
     shutil.copytree(two_blocks, folder)
     harm(folder)
-    places = {"LORA": "lora.safetensors", "LORA:0.5": "lora.safetensors:0.5"}
+    places = {"LORA": "lora.safetensors", "LORA:0.5": "lora.safetensors:0.5", "LORA:nan": "lora.safetensors:nan"}
     options = [str(folder / places.get(word, word)) if "." in places.get(word, word) else word for word in given]
     options += [] if "--size" in given else ["--size", "64x64"]
     assert fp_export([str(folder), "--output", str(tmp_path / "bundle"), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert words in line and not (tmp_path / "bundle").exists()
+
+
+def test_an_expert_alone_is_refused(two_blocks, tmp_path):
+    """Wan2.2-A14B's folders and files, even where a VAE is named."""
+    expert = tmp_path / "A14B" / "high_noise_model"
+    shutil.copytree(two_blocks / "transformer", expert)
+    alone = tmp_path / "wan2.2_t2v_low_noise_14B.safetensors"
+    shutil.copyfile(expert / WEIGHTS, alone)
+    shutil.copytree(two_blocks, tmp_path / "diffusers")
+    shutil.copytree(two_blocks / "transformer", tmp_path / "diffusers" / "transformer_2")
+    for path in (tmp_path / "A14B", expert, expert / WEIGHTS, alone, *(tmp_path / "diffusers").glob("transformer*")):
+        with pytest.raises(CheckpointError, match="expected one transformer that denoises every step; found one of two"):
+            open_released(path, Options(vae=two_blocks / "vae"))
+
+
+def test_scales_of_loras():
+    assert parse_lora("a.safetensors:-0.5") == (Path("a.safetensors"), -0.5)
+    assert parse_lora("C:a.safetensors") == (Path("C:a.safetensors"), 1.0)
+    for scale in ("nan", "inf", "-inf"):
+        with pytest.raises(UserError, match=f"--lora a:{scale}; expected a finite scale"):
+            parse_lora(f"a:{scale}")
+
+
+def test_the_plan_is_told_and_checked_before_files_are_read(two_blocks, tmp_path, monkeypatch):
+    def read(*given):
+        raise InterruptedError
+
+    def export(output: Path) -> list[str]:
+        notes = []
+        with pytest.raises(expected):
+            released.export_released(two_blocks, output, Options(size=(SIZE, SIZE)), on_note=notes.append)
+        return notes
+
+    monkeypatch.setattr(released, "_digests", read)
+    expected = InterruptedError
+    assert export(tmp_path / "bundle")[-1].startswith("plan: ")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1000, 999, 1))
+    expected = UserError
+    assert export(tmp_path / "bundle")[-1].startswith("plan: ")
+    # A bundle that is there may be up to date, and then needs no room.
+    expected = InterruptedError
+    (tmp_path / "old").mkdir()
+    export(tmp_path / "old")
+
+
+def test_guidance_needs_a_negative_prompt(tmp_path):
+    write_release("fun-camera", tmp_path / "checkpoint", tiny=True, layers=1)
+    np.save(tmp_path / "prompt.npy", np.zeros((3, 24), np.float32))
+    for prompt, negative, scale, words in (
+        (None, None, 6, "guidance: 6 away from the negative prompt"), (True, None, 1, "guidance: none, though"),
+        (True, True, 6, "guidance: 6"),
+    ):  # fmt: skip
+        files = {name: tmp_path / "prompt.npy" for name, given in (("prompt", prompt), ("negative", negative)) if given}
+        found = open_released(tmp_path / "checkpoint", Options(size=(SIZE, SIZE), **files))
+        assert found.config.generation.guidance_scale == scale
+        assert any(note.startswith(words) for note in found.notes)
+        assert (tmp_path / "prompt.npy" in found.files) == bool(files)
+
+
+def test_a_synthetic_release_without_transformers_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert synthetic.main(["fun-control", str(tmp_path / "checkpoint"), "--tiny"]) == 2
+    error = capsys.readouterr().err
+    assert "expected the package transformers; found none" in error and error.count("\n") == 1
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_files_of_one_name_have_a_digest_each(tmp_path):
@@ -438,6 +527,8 @@ def test_a_fixed_number_of_slots_takes_no_second_copy_of_the_weights(tmp_path):
     found = open_released(tmp_path / "checkpoint", Options(size=(SIZE, SIZE)))
     model = ReleasedModel(found.config, LazyTransformer(found.config, found.tensors, found.where), vae=None)
     stage = transformer_stage(model, "dit_inplace", 0, 1)
+    own = variants.Context(model, DrawnCases(model).longest, in_place=partial(with_capacity, model)).with_capacity(stage)
+    assert own.module.capacity == found.config.generation.window_frames  # no sink in front of it
     fixed = with_capacity(model, stage, 7)
     assert stage.module.capacity is None and fixed.module.capacity == 7
     rows = [dict(zip(each.input_names, each.args, strict=True))["cache_k.0"].shape[2] for each in (stage, fixed)]
@@ -472,6 +563,7 @@ def test_bad_runs_are_one_line(exported, tmp_path, capsys):
         ({"image_embeddings": tmp_path / "wide.npy"}, "--image-embeddings; expected a transformer that looks at such"),
         ({"control": INPUTS / "driving.mp4"}, "expected a system that follows such a video; found self-forcing"),
         ({"mode": "clip"}, "--mode; expected stream"),
+        ({"control": INPUTS / "driving.mp4", "pose_from": INPUTS / "arkit.csv"}, "expected one source of the pose; found two"),
     ]
     for changes, words in cases:
         assert run(bundle, tmp_path / "out.mp4", **changes) == 2
