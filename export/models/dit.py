@@ -291,15 +291,6 @@ class WanDiT(nn.Module):
         selected = torch.cat([weight[:, self.fusion.slice(stream)] for stream in order], dim=1)
         return self.embed_patches(latents, selected, self.patch_embedding.bias)
 
-    def embed_nothing(self, batch: int, frames: int) -> Tensor:
-        """Condition tokens [B,F,T,D] of a network that has no stream but the noise: the bias."""
-        rows, columns = self.grid
-        return self.patch_embedding.bias.expand(batch, frames, rows * columns, -1)
-
-    def embed_reference(self, latents: Tensor) -> Tensor:
-        """Reference latents [B,C,1,h,w] -> tokens [B,1,T,D] of slot 0 (Fun Control); its noise is zero."""
-        return self.embed_patches(latents, self.ref_conv.weight.unsqueeze(2), self.ref_conv.bias)
-
     def embed_pose(self, latents: Tensor) -> Tensor:
         """Pose latents [B,C,F,h,w] -> tokens [B,F,T,D] to be added (Animate, slots 1..N)."""
         return self.embed_patches(latents, self.pose_patch_embedding.weight, self.pose_patch_embedding.bias)
@@ -309,11 +300,6 @@ class WanDiT(nn.Module):
         context = self.img_emb(image)
         attentions = [block.cross_attn for block in self.blocks]
         return [(attention.norm_k_img(attention.k_img(context)), attention.v_img(context)) for attention in attentions]
-
-    def embed_face(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Motion codes [B,1+4N,code_dim] -> keys and values [B,2+N,M,D] of every adapter; slot 0 has zero tokens (Animate)."""
-        tokens = F.pad(self.face_encoder(codes), (0, 0, 0, 0, 1, 0))
-        return [adapter.keys_values(tokens) for adapter in self.face_adapter["fuser_blocks"]]
 
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """timesteps [B,F] in 0..1000 -> temb [B,F,D], timestep_proj [B,F,6,D]."""
@@ -363,7 +349,7 @@ class WanDiT(nn.Module):
             text_kv: per block keys and values of the prompt.
             mask: [F*T, (P+F)*T] True where seen; training only.
             image_kv: per block keys and values of a picture, from `embed_image`.
-            face_kv: per face adapter its keys and values, from `embed_face`.
+            face_kv: per face adapter its keys and values, as `wan_stages.FaceTokens` makes them.
 
         Returns:
             velocity [B,C,F,h,w], and per block the new unrotated keys and values [B,F,T,D].

@@ -17,7 +17,6 @@ import torch
 
 from factorportrait.config import VAEConfig, checked_value, config_from_dict
 from factorportrait.errors import CheckpointError
-from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.models.vae import VideoVAE
 from factorportrait.export.weights import layouts
 from factorportrait.export.weights.files import LazyTensor, Weights, open_weights
@@ -180,25 +179,15 @@ def open_vae(path: str | Path) -> Opened:
     return Opened(config, tensors, weights.where, layout, notes)
 
 
-def build_transformer(opened: Opened, latent_height: int, latent_width: int, dtype: torch.dtype | None = None) -> WanDiT:
-    """The transformer of `open_transformer` with its weights, in evaluation mode.
+def build_vae(opened: Opened, dtype: torch.dtype | None = None) -> VideoVAE:
+    """The VAE of `open_vae` with its weights, in evaluation mode.
 
     Args:
-        latent_height, latent_width: that its positions are computed for.
         dtype: of the weights; None keeps the file's.
 
     Raises:
         CheckpointError: see `fill`.
     """
-    with torch.device("meta"):
-        dit = WanDiT(opened.config.dit, opened.config.fusion, latent_height, latent_width)
-    fill(dit, opened.tensors, opened.where, dtype=dtype, config="structure")
-    dit._build_rotary_tables()
-    return dit.eval().requires_grad_(False)
-
-
-def build_vae(opened: Opened, dtype: torch.dtype | None = None) -> VideoVAE:
-    """The VAE of `open_vae` with its weights, in evaluation mode; see `build_transformer`."""
     with torch.device("meta"):
         vae = VideoVAE(opened.config)
     fill(vae, opened.tensors, opened.where, dtype=dtype, config="structure")

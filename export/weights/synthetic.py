@@ -163,18 +163,46 @@ def _drawn(name: str, shape: torch.Size, make: torch.Generator) -> Tensor:
     return (noise * noise[0].numel() ** -0.5).bfloat16()
 
 
-def _write_diffusers(
-    folder: Path, network: Network, vae: VAEConfig, transformer: dict[str, Tensor], video: dict[str, Tensor]
-) -> None:
+def diffusers_config(network: Network) -> dict:
+    """What diffusers' config.json says of a transformer: arguments of WanTransformer3DModel or WanAnimateTransformer3DModel."""
     dit, face = network.dit, network.dit.face
     config = {
         "patch_size": list(dit.patch_size), "num_attention_heads": dit.num_heads, "attention_head_dim": dit.head_dim,
         "in_channels": network.fusion.in_channels, "out_channels": dit.out_channels, "text_dim": dit.text_dim,
-        "freq_dim": dit.freq_dim, "ffn_dim": dit.ffn_dim, "num_layers": dit.num_layers, "cross_attn_norm": True, "eps": dit.eps,
-        "image_dim": dit.image_dim, "rope_max_seq_len": dit.max_position,
-    } | ({} if face is None else {"inject_face_latents_blocks": face.block_interval})  # fmt: skip
+        "freq_dim": dit.freq_dim, "ffn_dim": dit.ffn_dim, "num_layers": dit.num_layers,
+        "cross_attn_norm": dit.cross_attn_norm, "eps": dit.eps, "rope_max_seq_len": dit.max_position,
+        "image_dim": dit.image_dim, "added_kv_proj_dim": dit.dim if dit.image_dim else None,
+    }  # fmt: skip
+    if face is None:
+        return config
+    return config | {
+        "latent_channels": dit.pose_channels, "motion_encoder_size": face.image_size, "motion_style_dim": face.style_dim,
+        "motion_encoder_channel_sizes": {
+            str(face.image_size // 2**level): width for level, width in enumerate(face.encoder_widths)
+        },
+        "motion_dim": face.motion_dim, "motion_encoder_dim": face.code_dim, "face_encoder_hidden_dim": face.hidden_dim,
+        "face_encoder_num_heads": face.num_tokens, "inject_face_latents_blocks": face.block_interval,
+    }  # fmt: skip
+
+
+def diffusers_vae_config(vae: VAEConfig) -> dict:
+    """What diffusers' config.json says of a VAE: arguments of AutoencoderKLWan."""
+    packing = vae.pixel_patch**2
+    return {
+        "base_dim": vae.base_dim, "decoder_base_dim": vae.decoder_base_dim, "z_dim": vae.z_dim, "dim_mult": list(vae.dim_mult),
+        "num_res_blocks": vae.num_res_blocks, "attn_scales": [], "temperal_downsample": list(vae.temporal_downsample),
+        "is_residual": vae.residual_resampling, "latents_mean": list(vae.latents_mean or [0.0] * vae.z_dim),
+        "latents_std": list(vae.latents_std or [1.0] * vae.z_dim), "in_channels": vae.in_channels * packing,
+        "out_channels": vae.out_channels * packing, "patch_size": vae.patch_size, "scale_factor_temporal": vae.temporal_stride,
+        "scale_factor_spatial": vae.spatial_stride,
+    }  # fmt: skip
+
+
+def _write_diffusers(
+    folder: Path, network: Network, vae: VAEConfig, transformer: dict[str, Tensor], video: dict[str, Tensor]
+) -> None:
     tensors = layouts.to_layout(transformer, rows_of(network), "diffusers")
-    _write_sharded(folder / "transformer", tensors, config)
+    _write_sharded(folder / "transformer", tensors, diffusers_config(network))
     _write_vae(folder / "vae", vae, video)
     _write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
 
@@ -201,14 +229,7 @@ def _write_original(
 
 
 def _write_vae(folder: Path, vae: VAEConfig, video: dict[str, Tensor]) -> None:
-    packing = vae.pixel_patch**2
-    config = {
-        "base_dim": vae.base_dim, "decoder_base_dim": vae.decoder_base_dim, "z_dim": vae.z_dim, "dim_mult": list(vae.dim_mult),
-        "num_res_blocks": vae.num_res_blocks, "attn_scales": [], "temperal_downsample": list(vae.temporal_downsample),
-        "is_residual": vae.residual_resampling, "latents_mean": list(vae.latents_mean), "latents_std": list(vae.latents_std),
-        "in_channels": vae.in_channels * packing, "out_channels": vae.out_channels * packing, "patch_size": vae.patch_size,
-    }  # fmt: skip
-    _write_sharded(folder, layouts.to_layout(video, layouts.vae(vae), "diffusers"), config)
+    _write_sharded(folder, layouts.to_layout(video, layouts.vae(vae), "diffusers"), diffusers_vae_config(vae))
 
 
 def _write_sharded(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:

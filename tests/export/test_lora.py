@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 from safetensors.torch import save_file
-from wan_models import lazy, original_of, random_weights, small
+from wan_models import built, lazy, original_of, random_weights, small
 
 from factorportrait.errors import CheckpointError
 from factorportrait.export.weights.files import open_weights
 from factorportrait.export.weights.lora import merge_lora
-from factorportrait.export.weights.networks import Opened, build_transformer, open_transformer
+from factorportrait.export.weights.networks import Opened, open_transformer
 
 RANK, ALPHA = 4, 6.0
 MODULES = ["blocks.0.self_attn.q", "blocks.1.self_attn.o", "blocks.0.cross_attn.k", "blocks.1.ffn.0", "blocks.1.ffn.2"]
@@ -135,7 +135,7 @@ def test_from_files_to_a_network(opened, tmp_path):
     save_file(original_style(factors(opened)), tmp_path / "lora" / "lora.safetensors")
     result = merge_lora(open_transformer(tmp_path / "dit.safetensors"), open_weights(tmp_path / "lora"))
     assert result.notes[-1].endswith("lora.safetensors: 5 modules updated, rank 4, scale 1")
-    dit = build_transformer(result, 4, 4)
+    dit = built(result)
     assert not torch.equal(dit.blocks[0].self_attn.q.weight, weights["blocks.0.self_attn.q.weight"])
 
 

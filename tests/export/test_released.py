@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from wan_models import diffusers_transformer, diffusers_vae
+from wan_models import diffusers_transformer, diffusers_vae, embed_nothing, embed_reference
 
 from factorportrait.benchmarks.cases import Case, materialise
 from factorportrait.bundle import NEGATIVE_PROMPT, PROMPT, Bundle, stage_parts
@@ -289,7 +289,7 @@ def test_fun_is_its_module_over_the_whole_clip(name, exported):
     if control:
         poses = clip.encode([frame.normals for frame in clip.driving])
         tokens = model.embed_streams({"control": poses, "image": empty})
-        tokens = torch.cat([model.embed_reference(portrait), tokens], dim=1)
+        tokens = torch.cat([embed_reference(model, portrait), tokens], dim=1)
     else:
         first = torch.cat([portrait, empty[:, :, 1:]], dim=2)
         start = np.linalg.inv(clip.driving[0].c2w)
@@ -337,7 +337,7 @@ def test_self_forcing_rolls_without_a_sink(cache, exported):
     latents = []
     with torch.no_grad():
         text_kv = model.embed_text(clip.text)
-        tokens = model.embed_nothing(1, chunk)
+        tokens = embed_nothing(model, 1, chunk)
 
         def evaluate(x, timestep, past):
             temb, projection = model.embed_time(torch.full((1, chunk), timestep))

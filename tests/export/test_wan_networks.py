@@ -11,14 +11,14 @@ import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import save_file
 from wan_models import (
+    built,
     diffusers_transformer,
     diffusers_vae,
+    embed_nothing,
     lazy,
     original_of,
     random_weights,
     small,
-    transformer_arguments,
-    vae_arguments,
     with_noise,
 )
 
@@ -32,7 +32,6 @@ from factorportrait.export.weights.networks import (
     WAN21_VAE,
     WAN22_VAE,
     Network,
-    build_transformer,
     build_vae,
     open_transformer,
     open_vae,
@@ -40,6 +39,7 @@ from factorportrait.export.weights.networks import (
     transformer_of,
     with_streams,
 )
+from factorportrait.export.weights.synthetic import diffusers_config, diffusers_vae_config
 from factorportrait.model_config import DiTConfig, FusionConfig
 
 VAES = {"Wan2.1": WAN21_VAE, "Wan2.2": WAN22_VAE}
@@ -161,7 +161,7 @@ def test_files_of_every_layout_open(name, form, tmp_path):
         if name in FUN:
             pytest.skip("diffusers has no such model")
         save_file(layouts.to_layout(weights, rows_of(network), form), tmp_path / "diffusion_pytorch_model.safetensors")
-        arguments = transformer_arguments(network) | {"_class_name": "Wan", "_diffusers_version": "0.42.1"}
+        arguments = diffusers_config(network) | {"_class_name": "Wan", "_diffusers_version": "0.42.1"}
         (tmp_path / "config.json").write_text(json.dumps(arguments))
     elif form == "original":
         original = {key: tensor.contiguous() for key, tensor in original_of(network, weights).items()}
@@ -180,7 +180,7 @@ def test_files_of_every_layout_open(name, form, tmp_path):
     assert opened.config == network
     assert opened.layout == ("diffusers" if form == "diffusers" else "original")
     assert ("inferred from shapes" in opened.notes[-1]) == (form == "causal")
-    dit = build_transformer(opened, 4, 4)
+    dit = built(opened)
     for key, tensor in weights.items():
         assert torch.equal(dit.state_dict()[key], tensor), key
     assert not dit.rope_time.is_meta
@@ -206,7 +206,7 @@ def test_files_of_vaes_open(name, layout, tmp_path):
     save_file(layouts.to_layout(weights, layouts.vae(config), layout), tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match="expected a published size"):
         open_vae(tmp_path / "vae.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(vae_arguments(config)))
+    (tmp_path / "config.json").write_text(json.dumps(diffusers_vae_config(config)))
     opened = open_vae(tmp_path / "vae.safetensors")
     assert (opened.config, opened.layout) == (config, layout)
     vae = build_vae(opened)
@@ -255,7 +255,7 @@ def change(folder, **values):
 
 def refused(folder) -> str:
     with pytest.raises(CheckpointError) as caught:
-        build_transformer(open_transformer(folder), 4, 4)
+        built(open_transformer(folder))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -368,6 +368,6 @@ def test_new_input_channels_change_nothing_at_first():
     temb, proj = after.embed_time(torch.full((1, 2), 500.0))
     rest = (torch.zeros(1, 2, 6, 128), temb, proj, torch.arange(2))
     text = after.embed_text(torch.randn(1, 3, 20, generator=generator))
-    expected, _ = before(noise, before.embed_nothing(1, 2), *rest, text_kv=text)
+    expected, _ = before(noise, embed_nothing(before, 1, 2), *rest, text_kv=text)
     found, _ = after(noise, after.embed_conditions(*streams), *rest, text_kv=text)
     assert torch.equal(found, expected)

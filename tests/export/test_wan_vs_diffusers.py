@@ -11,13 +11,14 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from helpers import difference
 from torch import nn
-from wan_models import diffusers_transformer, random_weights, transformer_arguments, with_noise
+from wan_models import diffusers_transformer, embed_face, embed_nothing, embed_reference, random_weights, with_noise
 
 from factorportrait.export.models.animate import FoldedMotionEncoder
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.weights import layouts
 from factorportrait.export.weights.networks import Network, rows_of
 from factorportrait.export.weights.released import recipes
+from factorportrait.export.weights.synthetic import diffusers_config
 from factorportrait.model_config import DiTConfig, FaceConfig, FusionConfig, RayAdapterConfig
 from factorportrait.runtime.schedule import flow_schedule
 
@@ -80,7 +81,7 @@ def velocity(ours: WanDiT, inputs: Inputs, timesteps: torch.Tensor, tokens: torc
     """Ours: timesteps [B] or [B,F], condition tokens from the streams unless given."""
     if tokens is None:
         nothing = len(inputs.streams) == 1
-        tokens = ours.embed_nothing(BATCH, FRAMES) if nothing else ours.embed_streams(inputs.streams)
+        tokens = embed_nothing(ours, BATCH, FRAMES) if nothing else ours.embed_streams(inputs.streams)
     frames = tokens.shape[1]
     noise = F.pad(inputs.streams["noise"], (0, 0, 0, 0, frames - FRAMES, 0))
     temb, proj = ours.embed_time(timesteps if timesteps.dim() == 2 else timesteps[:, None].expand(-1, frames))
@@ -137,7 +138,7 @@ def test_animate_equals_diffusers(name, seed):
     codes = encoder(flat)
     assert difference(codes, theirs.motion_encoder(flat)) <= TOLERANCE
     assert difference(ours.motion_encoder(flat), codes) <= TOLERANCE
-    face_kv = ours.embed_face(codes.unflatten(0, (BATCH, -1)))
+    face_kv = embed_face(ours, codes.unflatten(0, (BATCH, -1)))
     tokens = ours.embed_streams(inputs.streams) + F.pad(ours.embed_pose(pose), (0, 0, 0, 0, 1, 0))
     found = velocity(ours, inputs, timesteps, tokens, face_kv=face_kv)
     assert difference(found, expected) <= TOLERANCE
@@ -153,7 +154,7 @@ def test_ranges_of_blocks_keep_their_adapters():
     inputs = Inputs(network, 0)
     temb, proj = ours.embed_time(torch.full((BATCH, FRAMES), 500.0))
     x = ours.embed_noise(inputs.streams["noise"]) + ours.embed_streams(inputs.streams)
-    face_kv = ours.embed_face(inputs.normal(BATCH, 1 + 4 * (FRAMES - 2), FACE.code_dim))
+    face_kv = embed_face(ours, inputs.normal(BATCH, 1 + 4 * (FRAMES - 2), FACE.code_dim))
     text_kv, image_kv = ours.embed_text(inputs.text), ours.embed_image(inputs.image)
     rotary = ours.rotary_pair(torch.arange(FRAMES), None)
     expected, _ = ours.run_blocks(
@@ -207,7 +208,7 @@ def test_self_forcing_s_cached_stream_equals_diffusers_with_a_causal_mask(seed):
         def evaluate(x, timestep, seen=seen, past_kv=past_kv):
             temb, proj = ours.embed_time(torch.full((BATCH, chunk), timestep))
             return ours(
-                x, ours.embed_nothing(BATCH, chunk), torch.zeros(BATCH, chunk, 6, ours.config.dim), temb, proj,
+                x, embed_nothing(ours, BATCH, chunk), torch.zeros(BATCH, chunk, 6, ours.config.dim), temb, proj,
                 torch.arange(seen, seen + chunk), torch.arange(seen), past_kv, text_kv,
             )  # fmt: skip
 
@@ -232,7 +233,7 @@ class FunOracle:
 
     def __init__(self, network: Network, ours: WanDiT):
         plain = dataclasses.replace(network.dit, reference_channels=None, ray_adapter=None)
-        self.model = WanTransformer3DModel(**transformer_arguments(Network(plain, network.fusion))).eval()
+        self.model = WanTransformer3DModel(**diffusers_config(Network(plain, network.fusion))).eval()
         weights = ours.state_dict()
         rest = {name: tensor for name, tensor in weights.items() if not name.startswith(("ref_conv", "control_adapter"))}
         self.model.load_state_dict(layouts.to_layout(rest, layouts.TRANSFORMER, "diffusers"))
@@ -278,7 +279,7 @@ def test_fun_control_equals_its_description(seed):
     reference, timesteps = inputs.normal(BATCH, 16, 1, ROWS, COLUMNS), torch.tensor([700.0, 80.0])
     expected = FunOracle(fun, ours)(inputs.hidden_states, timesteps, inputs.text, inputs.image, reference=reference)
     # The reference is slot 0 of ours: its noise is zero, and its velocity is dropped.
-    tokens = torch.cat([ours.embed_reference(reference), ours.embed_streams(inputs.streams)], dim=1)
+    tokens = torch.cat([embed_reference(ours, reference), ours.embed_streams(inputs.streams)], dim=1)
     found = velocity(ours, inputs, timesteps, tokens)[:, :, 1:]
     assert difference(found, expected) <= TOLERANCE
 
@@ -309,7 +310,7 @@ def test_transformer_with_text_picture_and_face_becomes_a_graph(tmp_path):
     inputs.streams = {name: stream[:1] for name, stream in inputs.streams.items()}
     temb, proj = model.embed_time(torch.full((1, FRAMES), 500.0))
     kept = (model.embed_text(inputs.text[:1]), model.embed_image(inputs.image[:1]),
-            model.embed_face(inputs.normal(1, 1 + 4 * (FRAMES - 2), FACE.code_dim)))  # fmt: skip
+            embed_face(model, inputs.normal(1, 1 + 4 * (FRAMES - 2), FACE.code_dim)))  # fmt: skip
     layers = network.dit.num_layers
 
     class Flat(torch.nn.Module):

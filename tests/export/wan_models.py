@@ -5,59 +5,27 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel, WanTransformer3DModel
 
 from factorportrait.config import VAEConfig
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.weights import layouts
 from factorportrait.export.weights.files import LazyTensor
-from factorportrait.export.weights.networks import PUBLISHED, Network, blur_constants, rows_of
+from factorportrait.export.weights.fill import fill
+from factorportrait.export.weights.networks import PUBLISHED, Network, Opened, blur_constants, rows_of
+from factorportrait.export.weights.synthetic import diffusers_config, diffusers_vae_config
 from factorportrait.model_config import FaceConfig
 
 
-def vae_arguments(config: VAEConfig) -> dict:
-    """Arguments of AutoencoderKLWan, which leaves applying `latents_mean` and `latents_std` to its caller."""
-    packing = config.pixel_patch**2
-    return {
-        "base_dim": config.base_dim, "decoder_base_dim": config.decoder_base_dim, "z_dim": config.z_dim,
-        "dim_mult": list(config.dim_mult), "num_res_blocks": config.num_res_blocks, "attn_scales": [],
-        "temperal_downsample": list(config.temporal_downsample), "is_residual": config.residual_resampling,
-        "latents_mean": list(config.latents_mean or [0.0] * config.z_dim),
-        "latents_std": list(config.latents_std or [1.0] * config.z_dim),
-        "in_channels": config.in_channels * packing, "out_channels": config.out_channels * packing,
-        "patch_size": config.patch_size, "scale_factor_temporal": config.temporal_stride,
-        "scale_factor_spatial": config.spatial_stride,
-    }  # fmt: skip
-
-
 def diffusers_vae(config: VAEConfig) -> AutoencoderKLWan:
-    return AutoencoderKLWan(**vae_arguments(config)).eval()
-
-
-def transformer_arguments(network: Network) -> dict:
-    """Arguments of WanTransformer3DModel or WanAnimateTransformer3DModel."""
-    dit, face = network.dit, network.dit.face
-    arguments = {
-        "patch_size": dit.patch_size, "num_attention_heads": dit.num_heads, "attention_head_dim": dit.head_dim,
-        "in_channels": network.fusion.in_channels, "out_channels": dit.out_channels, "text_dim": dit.text_dim,
-        "freq_dim": dit.freq_dim, "ffn_dim": dit.ffn_dim, "num_layers": dit.num_layers,
-        "cross_attn_norm": dit.cross_attn_norm, "eps": dit.eps, "rope_max_seq_len": dit.max_position,
-        "image_dim": dit.image_dim, "added_kv_proj_dim": dit.dim if dit.image_dim else None,
-    }  # fmt: skip
-    if face is None:
-        return arguments
-    sizes = {str(face.image_size // 2**level): width for level, width in enumerate(face.encoder_widths)}
-    return arguments | {
-        "latent_channels": dit.pose_channels, "motion_encoder_channel_sizes": sizes,
-        "motion_encoder_size": face.image_size, "motion_style_dim": face.style_dim, "motion_dim": face.motion_dim,
-        "motion_encoder_dim": face.code_dim, "face_encoder_hidden_dim": face.hidden_dim,
-        "face_encoder_num_heads": face.num_tokens, "inject_face_latents_blocks": face.block_interval,
-    }  # fmt: skip
+    """Leaves applying `latents_mean` and `latents_std` to its caller."""
+    return AutoencoderKLWan(**diffusers_vae_config(config)).eval()
 
 
 def diffusers_transformer(network: Network) -> WanTransformer3DModel | WanAnimateTransformer3DModel:
     kind = WanAnimateTransformer3DModel if network.dit.face else WanTransformer3DModel
-    return kind(**transformer_arguments(network)).eval()
+    return kind(**diffusers_config(network)).eval()
 
 
 def with_noise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -101,3 +69,29 @@ def random_weights(network: Network, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def original_of(network: Network, weights) -> dict[str, torch.Tensor]:
     return layouts.to_layout(weights, rows_of(network), "original") | blur_constants(network)
+
+
+def built(opened: Opened) -> WanDiT:
+    """The transformer of `open_transformer` with its weights, for latents of 4 x 4."""
+    with torch.device("meta"):
+        dit = WanDiT(opened.config.dit, opened.config.fusion, 4, 4)
+    fill(dit, opened.tensors, opened.where, config="structure")
+    dit._build_rotary_tables()
+    return dit.eval().requires_grad_(False)
+
+
+def embed_nothing(dit: WanDiT, batch: int, frames: int) -> torch.Tensor:
+    """Condition tokens [B,F,T,D] of a network that has no stream but the noise: the bias."""
+    rows, columns = dit.grid
+    return dit.patch_embedding.bias.expand(batch, frames, rows * columns, -1)
+
+
+def embed_reference(dit: WanDiT, latents: torch.Tensor) -> torch.Tensor:
+    """Reference latents [B,C,1,h,w] -> tokens [B,1,T,D] of slot 0 (Fun Control); its noise is zero."""
+    return dit.embed_patches(latents, dit.ref_conv.weight.unsqueeze(2), dit.ref_conv.bias)
+
+
+def embed_face(dit: WanDiT, codes: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Motion codes [B,1+4N,code_dim] -> keys and values [B,2+N,M,D] of every adapter; slot 0 has zero tokens (Animate)."""
+    tokens = F.pad(dit.face_encoder(codes), (0, 0, 0, 0, 1, 0))
+    return [adapter.keys_values(tokens) for adapter in dit.face_adapter["fuser_blocks"]]
