@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import difference
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 from wan_models import with_noise
 
 from factorportrait.errors import CheckpointError
+from factorportrait.export import parts
+from factorportrait.export.graphs import export_stage, write_graph
 from factorportrait.export.weights import encoders, layouts
 from factorportrait.export.weights.encoders import (
     CLIP_MEAN,
@@ -140,3 +144,17 @@ def test_original_releases_bring_their_encoders(release):
     with pytest.raises(CheckpointError, match=r"expected one file models_t5\*"):
         open_released(release, Options(size=(64, 64)))
     (release / "models_t5_other.safetensors").unlink()
+
+
+@torch.no_grad()
+def test_the_graph_stretches_a_portrait_of_any_shape(clip, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    clip.save_pretrained(tmp_path / "image_encoder")
+    encoder = open_image_encoder(tmp_path / "image_encoder", CLIP_WIDTH)
+    model = SimpleNamespace(config=SimpleNamespace(height=64, width=96), image_encoder=encoder)
+    stage = parts._image_encoder(model)
+    file, *_ = write_graph(export_stage(stage), tmp_path, stage.name)
+    session = onnxruntime.InferenceSession(tmp_path / file, providers=["CPUExecutionProvider"])
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    (found,) = session.run(None, {"image": picture.numpy()})
+    assert difference(torch.from_numpy(found), encoder(picture)) <= 1e-5
