@@ -2,7 +2,7 @@
 
     python -m factorportrait.benchmarks.trials --output benchmarks/results/compare_trials.json
 
-Twenty trials of about a quarter of a minute on two cores: six minutes, no trial is begun after ten (`--seconds`).
+Twenty trials of about half a minute on two cores: ten minutes, no trial is begun after twenty (`--seconds`).
 
 Every trial measures three rows of one small case in turns: a base, an identical head, and a head in which one stage was made
 slower by a planted share. The plant waits, busily and inside the stage, for that share of the time that it has just taken.
@@ -222,9 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bundle", type=Path, help="bundle folder (default: a tiny one, exported where it is missing)")
     parser.add_argument("--trials", type=int, default=20, help="default 20")
-    parser.add_argument("--pairs", type=int, default=40, help="repetitions of every row (default 40)")
+    parser.add_argument("--pairs", type=int, default=80, help="repetitions of every row (default 80)")
     parser.add_argument("--share", type=float, default=0.1, help="planted slowdown of one stage (default 0.1)")
-    parser.add_argument("--seconds", type=float, default=600.0, help="start no trial after so long; run again to go on")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="start no trial after so long; run again to go on")
     options = parser.parse_args(argv)
     return run_command("trials", lambda: run(options))
 

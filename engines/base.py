@@ -83,6 +83,9 @@ class Engine(Protocol):
     def zeros(self, shape: Iterable[int], dtype: str) -> Buffer:
         """New memory on the device, filled with zeros."""
 
+    def free_bytes(self) -> int | None:
+        """What `zeros` can still give on the device; None where nobody says."""
+
     def view(self, buffer: Buffer, shape: tuple[int, ...], start: int = 0) -> Buffer:
         """The memory of `buffer` from element `start` on, seen with another shape."""
 

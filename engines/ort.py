@@ -12,6 +12,7 @@ import onnxruntime
 from factorportrait.bundle import Bundle, StageSpec
 from factorportrait.engines.base import Arrays, Call, check_buffers
 from factorportrait.errors import BundleError
+from factorportrait.memory import available_memory
 
 
 class OrtRunner:
@@ -77,6 +78,9 @@ class OrtEngine:
 
     def zeros(self, shape: Iterable[int], dtype: str) -> np.ndarray:
         return np.zeros(tuple(shape), dtype)
+
+    def free_bytes(self) -> int | None:
+        return available_memory()
 
     def view(self, buffer: np.ndarray, shape: tuple[int, ...], start: int = 0) -> np.ndarray:
         return buffer.reshape(-1)[start : start + prod(shape)].reshape(shape)

@@ -19,6 +19,7 @@ from factorportrait.bundle import Bundle, StageSpec, TensorSpec
 from factorportrait.checkpoint_files import checkpoint_digests
 from factorportrait.engines.base import Buffers, Call, check_buffers, dtype_name
 from factorportrait.errors import UserError
+from factorportrait.memory import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,13 @@ class TorchEngine:
     def zeros(self, shape: Iterable[int], dtype: str) -> torch.Tensor:
         """See `factorportrait.engines.base.Engine`."""
         return self.torch.zeros(tuple(shape), dtype=getattr(self.torch, dtype), device=self.device)
+
+    def free_bytes(self) -> int | None:
+        """See `factorportrait.engines.base.Engine`."""
+        if not self.device.startswith("cuda"):
+            return available_memory()
+        kept = self.torch.cuda.memory_reserved(self.device) - self.torch.cuda.memory_allocated(self.device)
+        return self.torch.cuda.mem_get_info(self.device)[0] + kept
 
     def view(self, buffer: torch.Tensor, shape: tuple[int, ...], start: int = 0) -> torch.Tensor:
         """See `factorportrait.engines.base.Engine`."""

@@ -8,6 +8,7 @@ a sink counts slots and positions of the frames from 0.
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import ceil
 
 import numpy as np
 
@@ -46,6 +47,26 @@ def choose_cache(
     return True, "asked for" if kind == "inplace" else "no copies"
 
 
+def check_room(free_bytes: int | None, cache_bytes: int, frame_bytes: int, window_frames: int) -> None:
+    """Before anything is allocated: does the cache fit?
+
+    Args:
+        free_bytes: of the device; None where nobody knows, and then nothing is checked.
+        frame_bytes: of the cache, for one latent frame of the window.
+
+    Raises:
+        UserError: it does not; the longest window that does is named.
+    """
+    if free_bytes is None or cache_bytes <= free_bytes:
+        return
+    fitting = window_frames - ceil((cache_bytes - free_bytes) / frame_bytes)
+    raise UserError(
+        f"the cache of keys and values for a window of {window_frames} latent frames",
+        expected=f"{cache_bytes / 1e6:.0f} MB of free memory", found=f"{free_bytes / 1e6:.0f} MB",
+        action=f"--window {fitting} would fit, or end other programs" if fitting > 0 else "end other programs",
+    )  # fmt: skip
+
+
 class _Cache:
     """Static memory for all condition sets: per set and block keys and values [1, slots, T, D]."""
 
@@ -54,11 +75,13 @@ class _Cache:
         self.ring, self.window_frames = num_slots - sink, window_frames  # entries behind the sink
         _, _, tokens, dim = dit.spec.input("condition_tokens").shape
         tensors = [tensor for tensor in dit.spec.inputs if tensor.name.startswith((f"{prefix}_k.", f"{prefix}_v."))]
+        of_frame = num_sets * tokens * dim * sum(itemsize(tensor.dtype) for tensor in tensors)
+        self.nbytes = num_slots * of_frame
+        check_room(engine.free_bytes(), self.nbytes, of_frame, window_frames)
         self._memory: list[dict[str, Buffer]] = [
             {tensor.name.partition("_")[2]: engine.zeros((1, num_slots, tokens, dim), tensor.dtype) for tensor in tensors}
             for _ in range(num_sets)
         ]
-        self.nbytes = num_sets * num_slots * tokens * dim * sum(itemsize(tensor.dtype) for tensor in tensors)
         self._integers: dict[tuple[str, int], Mirrored] = {}
 
     def _fill(self, name: str, values: np.ndarray) -> None:

@@ -92,6 +92,10 @@ class TensorRTEngine:
         """See `factorportrait.engines.base.Engine`."""
         return self.cuda.zeros(shape, dtype)
 
+    def free_bytes(self) -> int:
+        """See `factorportrait.engines.base.Engine`."""
+        return self.cuda.memory()[0]
+
     def view(self, buffer: DeviceArray, shape: tuple[int, ...], start: int = 0) -> DeviceArray:
         """See `factorportrait.engines.base.Engine`."""
         return buffer.view(shape, start)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from factorportrait.errors import UserError
 from factorportrait.export.weights.files import LazyTensor
+from factorportrait.memory import available_memory
 
 # Bytes of a part's weight in torch, which computes what a graph is checked against; the graph and its session come on top.
 TORCH_BYTES = 4
@@ -113,16 +114,6 @@ def check_memory(what: str, needed_bytes: int, action: str, memory_bytes: int | 
     memory = available_memory() if memory_bytes is None else memory_bytes
     if memory is not None and memory < needed_bytes:
         raise UserError(what, expected=f"{_gib(needed_bytes)} of free memory", found=_gib(memory), action=action)
-
-
-def available_memory() -> int | None:
-    """Bytes that a new process may take without swapping; None where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    match = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(match[1]) * 1024 if match else None
 
 
 def _gib(size: int) -> str:

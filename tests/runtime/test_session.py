@@ -303,3 +303,14 @@ def test_percentiles_are_over_frames():
     assert timings.frame_ms(50) == pytest.approx(10) and timings.frame_ms(50, "wall") == pytest.approx(20)
     assert timings.frame_ms(100) == pytest.approx(100) and timings.num_frames == 4
     assert timings.last_frame_ms == pytest.approx(20)
+
+
+def test_a_window_that_does_not_fit_the_memory(opened, monkeypatch):
+    window = opened.config.generation.window_frames
+    needed = opened.session().cache_bytes
+    monkeypatch.setattr(opened.engine, "free_bytes", lambda: needed - 1)
+    with pytest.raises(UserError, match=f"window of {window} latent frames; expected .* --window {window - 1} would fit"):
+        opened.session()
+    opened.session(window_frames=window - 1)
+    monkeypatch.setattr(opened.engine, "free_bytes", lambda: None)  # nobody knows: nothing is refused
+    opened.session()
