@@ -9,7 +9,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from factorportrait.errors import CheckpointError
 
@@ -79,7 +79,8 @@ def checked_value(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType) and isinstance(value, Mapping):
         parts = [part for part in get_args(kind) if dataclasses.is_dataclass(part)]
         if parts:
-            return config_from_dict(parts[0], value, where)
+            known = (part for part in parts if set(value) <= {field.name for field in dataclasses.fields(part)})
+            return config_from_dict(next(known, parts[0]), value, where)
     if not _fits(kind, value):
         found = json.dumps(value, default=repr, ensure_ascii=False)
         found = found if len(found) <= 60 else found[:57] + "..."
@@ -169,8 +170,59 @@ def _thawed(value: Any) -> Any:
     return [_thawed(item) for item in value] if isinstance(value, tuple) else value
 
 
+class LatentGrid:
+    """How the latents of a causal video VAE lie over frames. A part of the VAE configs.
+
+    Attributes:
+        spatial_stride: pixels along one side of a latent cell.
+        temporal_stride: frames of every latent frame but the first, which has one.
+    """
+
+    spatial_stride: int
+    temporal_stride: int
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in latent cells of a picture of `height` x `width` pixels.
+
+        Raises:
+            CheckpointError: the picture is no whole number of cells.
+        """
+        if height % self.spatial_stride or width % self.spatial_stride:
+            raise CheckpointError(
+                "the size of the frames does not fit the VAE",
+                expected=f"multiples of {self.spatial_stride}",
+                found=f"{height} x {width}",
+                action="choose another height and width",
+            )
+        return height // self.spatial_stride, width // self.spatial_stride
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        """Latent frames of a clip of 1 + n * temporal_stride frames.
+
+        Raises:
+            CheckpointError: the clip does not end with a whole group.
+        """
+        if num_frames < 1 or (num_frames - 1) % self.temporal_stride:
+            raise CheckpointError(
+                "the clip does not fit the VAE",
+                expected=f"1 + n * {self.temporal_stride} frames",
+                found=f"{num_frames}",
+                action="choose another number of frames",
+            )
+        return 1 + (num_frames - 1) // self.temporal_stride
+
+    def _check_statistics(self) -> None:
+        for name in ("latents_mean", "latents_std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.z_dim:
+                raise CheckpointError(
+                    name, expected=f"{self.z_dim} numbers, one per latent channel", found=str(len(value)), action=CORRECT
+                )
+        require_positive(self, "latents_std")
+
+
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(LatentGrid):
     """Sizes of a causal video VAE with the structure of Wan 2.1, or with `residual_resampling` that of Wan 2.2.
 
     Attributes:
@@ -212,13 +264,7 @@ class VAEConfig:
                 found=f"{len(self.temporal_downsample)} flags",
                 action=CORRECT,
             )
-        for name in ("latents_mean", "latents_std"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.z_dim:
-                raise CheckpointError(
-                    name, expected=f"{self.z_dim} numbers, one per latent channel", found=str(len(value)), action=CORRECT
-                )
-        require_positive(self, "latents_std")
+        self._check_statistics()
         if self.residual_resampling and self.attn_scales:
             raise CheckpointError(
                 "attn_scales", expected="an empty list, as Wan 2.2 has", found=str(list(self.attn_scales)), action=CORRECT
@@ -239,32 +285,38 @@ class VAEConfig:
         """Frames of every latent frame but the first, which has one."""
         return 2 ** sum(self.temporal_downsample)
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in latent cells of a picture of `height` x `width` pixels.
 
-        Raises:
-            CheckpointError: the picture is no whole number of cells.
-        """
-        if height % self.spatial_stride or width % self.spatial_stride:
-            raise CheckpointError(
-                "the size of the frames does not fit the VAE",
-                expected=f"multiples of {self.spatial_stride}",
-                found=f"{height} x {width}",
-                action="choose another height and width",
-            )
-        return height // self.spatial_stride, width // self.spatial_stride
+@dataclasses.dataclass(frozen=True)
+class PatchVAEConfig(LatentGrid):
+    """Sizes of a light causal video VAE: a linear encoder of patches of four frames, and a small decoder.
 
-    def num_latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a clip of 1 + n * temporal_stride frames.
+    Attributes:
+        z_dim: latent channels.
+        cell_size: pixels along one side of a patch, which becomes one latent cell.
+        cell_dim, cell_blocks: channels and residual blocks of the decoder at the cells, once per latent frame.
+        fine_dim, fine_blocks: the same at `cell_size / 2` times as many cells a side, for every frame.
+        latents_mean, latents_std: of the raw latents, one number per channel; None for 0 and 1.
+    """
 
-        Raises:
-            CheckpointError: the clip does not end with a whole group.
-        """
-        if num_frames < 1 or (num_frames - 1) % self.temporal_stride:
-            raise CheckpointError(
-                "the clip does not fit the VAE",
-                expected=f"1 + n * {self.temporal_stride} frames",
-                found=f"{num_frames}",
-                action="choose another number of frames",
-            )
-        return 1 + (num_frames - 1) // self.temporal_stride
+    z_dim: int
+    cell_size: int = 8
+    cell_dim: int = 128
+    cell_blocks: int = 3
+    fine_dim: int = 64
+    fine_blocks: int = 2
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    in_channels: ClassVar[int] = 3
+    temporal_stride: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        require_positive(self, "z_dim", "cell_size", "cell_dim", "cell_blocks", "fine_dim", "fine_blocks")
+        if self.cell_size % 2:
+            raise CheckpointError("cell_size", expected="an even number of pixels", found=str(self.cell_size), action=CORRECT)
+        self._check_statistics()
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return self.cell_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from factorportrait.config import CORRECT, VAEConfig, config_from_dict, config_to_dict, require_positive
+from factorportrait.config import CORRECT, PatchVAEConfig, VAEConfig, config_from_dict, config_to_dict, require_positive
 from factorportrait.errors import CheckpointError
 from factorportrait.systems import SYSTEMS, System
 
@@ -276,7 +276,7 @@ class ModelConfig:
     height: int
     width: int
     fps: float
-    vae: VAEConfig
+    vae: VAEConfig | PatchVAEConfig
     dit: DiTConfig
     fusion: FusionConfig = field(default_factory=FusionConfig)
     expression: ExpressionConfig = field(default_factory=ExpressionConfig)

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from factorportrait.config import PatchVAEConfig, VAEConfig
 from factorportrait.export.models.dit import WanDiT
 from factorportrait.export.models.expression import ArkitEncoder, ExpressionController, ExpressionEncoder
+from factorportrait.export.models.patch_vae import PatchVAE
 from factorportrait.export.models.vae import VideoVAE
 from factorportrait.model_config import ModelConfig
 
@@ -34,7 +36,7 @@ class FactorPortrait(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.vae = VideoVAE(config.vae)
+        self.vae = video_vae(config.vae)
         self.dit = WanDiT(config.dit, config.fusion, config.latent_height, config.latent_width)
         self.expression = expression_networks(config)
 
@@ -77,6 +79,11 @@ class FactorPortrait(nn.Module):
             mask=mask,
         )
         return velocity[:, :, 1:]
+
+
+def video_vae(config: VAEConfig | PatchVAEConfig) -> VideoVAE | PatchVAE:
+    """The VAE that a config describes."""
+    return PatchVAE(config) if isinstance(config, PatchVAEConfig) else VideoVAE(config)
 
 
 def expression_networks(config: ModelConfig) -> nn.ModuleDict:
