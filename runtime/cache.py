@@ -8,7 +8,6 @@ a sink counts slots and positions of the frames from 0.
 from __future__ import annotations
 
 from collections.abc import Collection
-from math import ceil
 
 import numpy as np
 
@@ -47,7 +46,7 @@ def choose_cache(
     return True, "asked for" if kind == "inplace" else "no copies"
 
 
-def check_room(free_bytes: int | None, cache_bytes: int, frame_bytes: int, window_frames: int) -> None:
+def check_room(free_bytes: int | None, cache_bytes: int, frame_bytes: int, window_frames: int, sink: int) -> None:
     """Before anything is allocated: does the cache fit?
 
     Args:
@@ -55,11 +54,11 @@ def check_room(free_bytes: int | None, cache_bytes: int, frame_bytes: int, windo
         frame_bytes: of the cache, for one latent frame of the window.
 
     Raises:
-        UserError: it does not; the longest window that does is named.
+        UserError: it does not; the longest window that does in place, which takes the most slots, is named.
     """
     if free_bytes is None or cache_bytes <= free_bytes:
         return
-    fitting = window_frames - ceil((cache_bytes - free_bytes) / frame_bytes)
+    fitting = free_bytes // frame_bytes - sink
     raise UserError(
         f"the cache of keys and values for a window of {window_frames} latent frames",
         expected=f"{cache_bytes / 1e6:.0f} MB of free memory", found=f"{free_bytes / 1e6:.0f} MB",
@@ -77,7 +76,7 @@ class _Cache:
         tensors = [tensor for tensor in dit.spec.inputs if tensor.name.startswith((f"{prefix}_k.", f"{prefix}_v."))]
         of_frame = num_sets * tokens * dim * sum(itemsize(tensor.dtype) for tensor in tensors)
         self.nbytes = num_slots * of_frame
-        check_room(engine.free_bytes(), self.nbytes, of_frame, window_frames)
+        check_room(engine.free_bytes(), self.nbytes, of_frame, window_frames, sink)
         self._memory: list[dict[str, Buffer]] = [
             {tensor.name.partition("_")[2]: engine.zeros((1, num_slots, tokens, dim), tensor.dtype) for tensor in tensors}
             for _ in range(num_sets)
