@@ -36,7 +36,7 @@ def test_plant_is_a_share_of_its_stage_alone(monkeypatch):
 def test_one_trial_on_the_tiny_bundle(tiny_bundle):
     """Verdicts of every stage for both heads. Six pairs are too few for simultaneous intervals: nothing may alarm."""
     config = Bundle(tiny_bundle).config
-    case = resolve(replace(trials.small_case(6), model=None, bundle=str(tiny_bundle), frames=29, steps=1), config)
+    case = resolve(replace(trials.small_case(6), model=None, resolution=None, bundle=str(tiny_bundle), frames=29, steps=1), config)
     trial = trials.run_trial(case, tiny_bundle, "decode", 3.0)
     assert {"total", "steps", "pose", "decode", "other"} <= set(trial["planted"]) == set(trial["identical"])
     assert trial["planted"]["decode"]["change"] > 1 and trial["planted"]["decode"]["verdict"] == "inconclusive"
