@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from factorportrait.config import PatchVAEConfig
-from factorportrait.export.models.vae import CacheShapes
+from factorportrait.export.models.vae import CacheShapes, StreamingVAE
 
 
 class ResidualBlock(nn.Module):
@@ -57,7 +57,7 @@ class PatchDecoder(nn.Module):
         return linear + refined.unflatten(0, (-1, self.time))
 
 
-class PatchVAE(nn.Module):
+class PatchVAE(StreamingVAE):
     """Frames are -1..1, latents normalised with the config's mean and standard deviation; both are float32 outside.
 
     The first picture is encoded as if it had stood still for four frames, and of what its latents decode to the last is shown.
@@ -97,23 +97,6 @@ class PatchVAE(nn.Module):
         """latents [B, z, 1, h, w] -> frames [B, 3, 4, H, W] in -1..1 and the next caches."""
         raw = self._raw(latents[:, :, 0])
         return self._frames(self.decoder(raw, caches[0])).clamp(-1.0, 1.0), [raw]
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """frames [B, 3, 1+4n, H, W] -> latents [B, z, 1+n, h, w], one latent frame at a time."""
-        self.config.num_latent_frames(frames.shape[2])
-        first, later = frames[:, :, :1], frames[:, :, 1:]
-        groups = later.split(self.config.temporal_stride, dim=2) if later.shape[2] else ()
-        return torch.cat([self.encode_first(first)[0], *(self.encode_steady(group)[0] for group in groups)], dim=2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, z, 1+n, h, w] -> frames [B, 3, 1+4n, H, W], one latent frame at a time."""
-        first, *later = latents.split(1, dim=2)
-        frames, caches = self.decode_first(first)
-        parts = [frames]
-        for latent_frame in later:
-            frames, caches = self.decode_steady(latent_frame, caches)
-            parts.append(frames)
-        return torch.cat(parts, dim=2)
 
     def cache_shapes(self, height: int, width: int, *, batch: int = 1) -> dict[str, CacheShapes]:
         """Shapes of the caches for frames of `height` x `width` pixels, by "encode" and "decode"."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from factorportrait.config import VAEConfig
+from factorportrait.config import PatchVAEConfig, VAEConfig
 
 # F.normalize's floor of the norm, squared: an all-zero vector stays zero.
 NORM_FLOOR_SQUARED = 1e-24
@@ -375,7 +375,34 @@ class Decoder(nn.Module):
         return _run([self.conv1, *self.middle, *self.upsamples, *self.head], x, timeline)
 
 
-class VideoVAE(nn.Module):
+class StreamingVAE(nn.Module):
+    """Clips by way of the streaming functions of a causal VAE, `encode_first` to `decode_steady`."""
+
+    config: VAEConfig | PatchVAEConfig
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """frames [B, 3, 1+n*temporal_stride, H, W] -> latents [B, z, 1+n, h, w], one latent frame at a time."""
+        self.config.num_latent_frames(frames.shape[2])
+        latents, caches = self.encode_first(frames[:, :, :1])
+        parts = [latents]
+        if frames.shape[2] > 1:
+            for group in frames[:, :, 1:].split(self.config.temporal_stride, dim=2):
+                latents, caches = self.encode_steady(group, caches)
+                parts.append(latents)
+        return torch.cat(parts, dim=2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, z, 1+n, h, w] -> frames [B, 3, 1+n*temporal_stride, H, W], one latent frame at a time."""
+        first, *later = latents.split(1, dim=2)
+        frames, caches = self.decode_first(first)
+        parts = [frames]
+        for latent_frame in later:
+            frames, caches = self.decode_steady(latent_frame, caches)
+            parts.append(frames)
+        return torch.cat(parts, dim=2)
+
+
+class VideoVAE(StreamingVAE):
     """Causal video VAE. Frames are -1..1, latents normalised with the config's mean and standard deviation.
 
     Frames and latents are float32 on both sides; caches have the type of the parameters.
@@ -430,27 +457,6 @@ class VideoVAE(nn.Module):
         """latents [B, z, 1, h, w] -> frames [B, 3, temporal_stride, H, W] in -1..1 and the next caches."""
         timeline = Timeline(latents.shape[0], past=caches)
         return self._decode(latents, timeline).clamp(-1.0, 1.0), timeline.kept
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """frames [B, 3, 1+n*temporal_stride, H, W] -> latents [B, z, 1+n, h, w], one latent frame at a time."""
-        self.config.num_latent_frames(frames.shape[2])
-        latents, caches = self.encode_first(frames[:, :, :1])
-        parts = [latents]
-        if frames.shape[2] > 1:
-            for group in frames[:, :, 1:].split(self.config.temporal_stride, dim=2):
-                latents, caches = self.encode_steady(group, caches)
-                parts.append(latents)
-        return torch.cat(parts, dim=2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, z, 1+n, h, w] -> frames [B, 3, 1+n*temporal_stride, H, W], one latent frame at a time."""
-        first, *later = latents.split(1, dim=2)
-        frames, caches = self.decode_first(first)
-        parts = [frames]
-        for latent_frame in later:
-            frames, caches = self.decode_steady(latent_frame, caches)
-            parts.append(frames)
-        return torch.cat(parts, dim=2)
 
     def cache_shapes(self, height: int, width: int, *, batch: int = 1) -> dict[str, CacheShapes]:
         """Shapes of the caches for frames of `height` x `width` pixels, by "encode" and "decode"."""
