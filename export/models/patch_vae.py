@@ -65,17 +65,10 @@ class PatchVAE(StreamingVAE):
     """
 
     def __init__(self, config: PatchVAEConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         frames = config.in_channels * config.temporal_stride
         self.encoder = nn.Conv2d(frames, config.z_dim, config.cell_size, stride=config.cell_size)
         self.decoder = PatchDecoder(config)
-        # On the CPU even when the parameters are built on `meta`: a state dict does not bring them.
-        mean = config.latents_mean or [0.0] * config.z_dim
-        std = config.latents_std or [1.0] * config.z_dim
-        for name, values in (("latents_mean", mean), ("latents_std", std)):
-            values = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
 
     # ---- streaming -------------------------------------------------------------------------------------------
 

@@ -378,7 +378,15 @@ class Decoder(nn.Module):
 class StreamingVAE(nn.Module):
     """Clips by way of the streaming functions of a causal VAE, `encode_first` to `decode_steady`."""
 
-    config: VAEConfig | PatchVAEConfig
+    def __init__(self, config: VAEConfig | PatchVAEConfig):
+        super().__init__()
+        self.config = config
+        # On the CPU even when the parameters are built on `meta`: a state dict does not bring them.
+        mean = config.latents_mean or [0.0] * config.z_dim
+        std = config.latents_std or [1.0] * config.z_dim
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            values = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames [B, 3, 1+n*temporal_stride, H, W] -> latents [B, z, 1+n, h, w], one latent frame at a time."""
@@ -411,18 +419,11 @@ class VideoVAE(StreamingVAE):
     """
 
     def __init__(self, config: VAEConfig, conv_impl: str = CONV_IMPLS[0]):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = Encoder(config)
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, 1)
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
-        # On the CPU even when the parameters are built on `meta`: a state dict does not bring them.
-        mean = config.latents_mean or [0.0] * config.z_dim
-        std = config.latents_std or [1.0] * config.z_dim
-        for name, values in (("latents_mean", mean), ("latents_std", std)):
-            values = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
         self.set_conv_impl(conv_impl)
 
     def set_conv_impl(self, conv_impl: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from factorportrait.export.models.vae import VideoVAE
+from factorportrait.export.models.vae import StreamingVAE
 from factorportrait.export.stages import Stage
 
 
 class _FirstStage(nn.Module):
     """x -> y and the caches that depend on x. A cache that is left out starts as zeros."""
 
-    def __init__(self, vae: VideoVAE, method: str, kept: list[int]):
+    def __init__(self, vae: StreamingVAE, method: str, kept: list[int]):
         super().__init__()
         self.vae, self.method, self.kept = vae, method, kept
 
@@ -24,7 +24,7 @@ class _FirstStage(nn.Module):
 class _SteadyStage(nn.Module):
     """x and all caches -> y and all caches."""
 
-    def __init__(self, vae: VideoVAE, method: str):
+    def __init__(self, vae: StreamingVAE, method: str):
         super().__init__()
         self.vae, self.method = vae, method
 
@@ -33,10 +33,10 @@ class _SteadyStage(nn.Module):
         return (y, *caches)
 
 
-def vae_stages(vae: VideoVAE, height: int, width: int) -> list[Stage]:
+def vae_stages(vae: StreamingVAE, height: int, width: int) -> list[Stage]:
     """Stages for frames of `height` x `width` pixels, batch 1, every shape fixed.
 
-    Caches are `cache_in.i` and `cache_out.i`, i as in `VideoVAE.cache_shapes`. The first stage of a direction has no
+    Caches are `cache_in.i` and `cache_out.i`, i as in the VAE's `cache_shapes`. The first stage of a direction has no
     cache inputs and may lack some outputs: those caches start as zeros.
     """
     config = vae.config
