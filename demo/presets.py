@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from factorportrait.config import VAEConfig
-from factorportrait.model_config import CameraConfig, DiTConfig, ExpressionConfig, GenerationConfig, ModelConfig
+from factorportrait.config import PatchVAEConfig
+from factorportrait.model_config import (
+    CameraConfig,
+    DiTConfig,
+    ExpressionConfig,
+    FusionConfig,
+    GenerationConfig,
+    ModelConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -48,17 +55,17 @@ class DiTSettings(PhaseSettings):
         face_weight, background_weight: of latent cells at eyes and mouth, and behind the head; the rest has 1.
     """
 
-    short_share: float = 0.6
+    short_share: float = 0.75
     stream_share: float = 0.5
     context_share: float = 0.3
     context_noise: float = 0.1
     drop: float = 0.08
     code_noise: float = 0.2
     training_shift: float = 1.5
-    pure_noise_share: float = 0.4
-    twin_share: float = 0.7
-    twin_weight: float = 6.0
-    face_weight: float = 3.0
+    pure_noise_share: float = 0.55
+    twin_share: float = 0.9
+    twin_weight: float = 12.0
+    face_weight: float = 6.0
     background_weight: float = 0.5
 
 
@@ -70,7 +77,6 @@ class Preset:
     workers: int
     device: str
     vae: PhaseSettings
-    decoder: PhaseSettings
     expression: PhaseSettings
     dit: DiTSettings
     seed: int = 0
@@ -82,15 +88,9 @@ MODEL = ModelConfig(
     height=128,
     width=128,
     fps=25.0,
-    vae=VAEConfig(
-        base_dim=24,
-        z_dim=16,
-        dim_mult=(1, 2, 4),
-        num_res_blocks=1,
-        temporal_downsample=(True, True),
-        patch_size=2,
-    ),
-    dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8),
+    vae=PatchVAEConfig(z_dim=48),
+    dit=DiTConfig(dim=320, ffn_dim=1280, num_heads=5, num_layers=6, out_channels=48),
+    fusion=FusionConfig(latent_channels=48),
     expression=ExpressionConfig(encoder_widths=(16, 32, 64, 128)),
     generation=GenerationConfig(chunk_frames=3, window_frames=6, max_clip_frames=8, timestep_shift=1.0),
     # Frames the face as the training's cameras do (demo/world/motion.py).
@@ -99,22 +99,20 @@ MODEL = ModelConfig(
 
 CPU = Preset(
     name="cpu",
-    workers=2,
+    workers=1,
     device="cpu",
-    vae=PhaseSettings(steps=4000, parts=2, batch=12, learning_rate=3e-3),
-    decoder=PhaseSettings(steps=500, parts=2, batch=3, learning_rate=3e-4, weight_decay=0.0, warmup_steps=20, cooldown=0.4),
+    vae=PhaseSettings(steps=6000, parts=1, batch=18, learning_rate=2e-3),
     expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1e-3),
-    dit=DiTSettings(steps=8000, parts=2, batch=20, learning_rate=2e-3),
+    dit=DiTSettings(steps=8000, parts=2, batch=20, learning_rate=8e-4, cooldown=0.7),
 )
-# Together 24 minutes; --stop-after cuts them into runs.
+# Together 22 minutes; --stop-after cuts them into runs.
 GPU = replace(
     CPU,
     name="gpu",
     workers=1,
     device="cuda",
-    vae=replace(CPU.vae, steps=20000, minutes=9.0, parts=1, batch=144, ema_decay=0.9995, validate_every=500),
-    decoder=replace(CPU.decoder, steps=5000, minutes=1.5, parts=1, batch=24, validate_every=500),
-    expression=replace(CPU.expression, steps=8000, minutes=2.5, parts=1, batch=256, ema_decay=0.999, validate_every=500),
-    dit=replace(CPU.dit, steps=40000, minutes=9.0, parts=1, batch=512, ema_decay=0.9995, validate_every=500),
+    vae=replace(CPU.vae, steps=20000, minutes=4.0, batch=144, ema_decay=0.9995, validate_every=500),
+    expression=replace(CPU.expression, steps=8000, minutes=3.0, parts=1, batch=256, ema_decay=0.999, validate_every=500),
+    dit=replace(CPU.dit, steps=40000, minutes=15.0, parts=1, batch=512, ema_decay=0.9995, validate_every=500),
 )
 PRESETS = {preset.name: preset for preset in (CPU, GPU)}

@@ -26,7 +26,7 @@ from factorportrait.model_config import GenerationConfig
 CHUNK_FULL_SHARE = 0.75  # of chunks that have `chunk_frames`; the others are shorter, as the last of a video may be
 NUM_CHUNKS_SHARES = (0.4, 0.5, 0.1)  # of windows with 1, 2, 3 chunks
 WHOLE_CLIP_SHARE = 0.3
-INITIAL_MODULATION = 0.1  # deviation of the modulation over codes
+INITIAL_MODULATION = 0.2  # deviation of the modulation over codes
 DROP_ALL_SHARE = 0.03
 VALIDATION_SIGMAS = (1.0, 0.75, 0.5, 0.25)
 

@@ -55,10 +55,15 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def conditions_of(model: FactorPortrait, clip: dict[str, np.ndarray], device: torch.device) -> ClipConditions:
-    """Everything from the clip itself: its normal maps, cameras, and codes of its own pictures."""
+def conditions_of(
+    model: FactorPortrait, clip: dict[str, np.ndarray], device: torch.device, *, by_coefficients: bool
+) -> ClipConditions:
+    """Everything from the clip itself: its normal maps, cameras, and the codes of its ARKit coefficients or of its pictures."""
     with torch.autocast(device.type, torch.bfloat16):
-        codes = model.expression["encoder"](to_unit(clip["frames"][:, None], device)[:, :, 0]).float()
+        if by_coefficients:
+            codes = model.expression["arkit"](torch.from_numpy(clip["coefficients"]).float().to(device)).float()
+        else:
+            codes = model.expression["encoder"](to_unit(clip["frames"][:, None], device)[:, :, 0]).float()
     grouped = torch.from_numpy(group_frames(codes.cpu().numpy()))[None].to(device)
     rays = torch.from_numpy(pack_rays(clip["K"], clip["c2w"], model.config)).float()[None].to(device)
     return ClipConditions(
@@ -96,7 +101,8 @@ def evaluate_clip(
 
     truth = clip["frames"]
     changed = np.abs(truth.astype(int) - neutral).max(-1) > CHANGED
-    conditions = conditions_of(model, clip, device)
+    conditions = conditions_of(model, clip, device, by_coefficients=True)
+    seen = conditions_of(model, clip, device, by_coefficients=False)
     zeroed = ClipConditions(
         conditions.reference_latents,
         conditions.pose_latents,
@@ -111,6 +117,7 @@ def evaluate_clip(
         "neutral_truth": neutral,
         "stream": decode(sample_stream(model, conditions, noise, STEPS, 1.0)),
         "clip_1_step": decode(sample_clip(model, conditions, noise, 1, 1.0)),
+        "clip_by_pictures": decode(sample_clip(model, seen, noise, STEPS, 1.0)),
         "zeroed": decode(sample_clip(model, zeroed, noise, STEPS, 1.0)),
     }
     for shift in SHIFTS:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from demo.presets import MODEL, PhaseSettings, Preset
-from demo.train import decoder as decoder_phase
 from demo.train import dit as dit_phase
 from demo.train import expression as expression_phase
 from demo.train import latents as latents_phase
@@ -30,7 +29,7 @@ from factorportrait.errors import CheckpointError, UserError
 from factorportrait.export.checkpoint import load_checkpoint, save_checkpoint
 from factorportrait.export.models.expression import ArkitEncoder, ExpressionEncoder
 from factorportrait.export.models.factorportrait import FactorPortrait
-from factorportrait.export.models.vae import VideoVAE
+from factorportrait.export.models.patch_vae import PatchVAE
 from factorportrait.files import whole_file
 from factorportrait.model_config import ModelConfig
 
@@ -78,8 +77,9 @@ def refresher(store: ClipStore | latents_phase.LatentStore):
     return refresh
 
 
-def vae_trainer(job: Job, vae: VideoVAE) -> Trainer:
+def vae_trainer(job: Job, vae: PatchVAE) -> Trainer:
     settings, preset = job.settings(job.preset.vae), job.preset
+    vae_phase.train_only_decoder(vae)
     return Trainer("vae", vae, settings, job.work, preset.seed, vae_phase.is_matrix, preset.workers, job.deadline)
 
 
@@ -98,39 +98,18 @@ def dit_trainer(job: Job, model: FactorPortrait) -> Trainer:
 def run_vae(job: Job) -> None:
     train, val = job.store("train"), job.store("val")
     torch.manual_seed(job.preset.seed)
-    trainer = vae_trainer(job, VideoVAE(MODEL.vae).to(job.device))
+    vae = PatchVAE(MODEL.vae)
+    if not (job.work / "vae.pt").exists():
+        vae_phase.fit_components(vae, train, job.preset.seed)
+    trainer = vae_trainer(job, vae.to(job.device))
     settings = trainer.settings
     trainer.resume()
+    trainer.save()  # the latents, and with them the transformer, need no more than this
 
     def part_loss(vae, draw, part):
         return vae_phase.vae_loss(vae, draw, *vae_phase.sample_crops(train, draw, settings.batch, job.device))
 
     trainer.run(part_loss, partial(vae_phase.validate, store=val, device=job.device), refresher(train))
-
-
-def decoder_trainer(job: Job, vae: VideoVAE) -> Trainer:
-    settings, preset = job.settings(job.preset.decoder), job.preset
-    decoder_phase.train_only_decoder(vae)
-    return Trainer("decoder", vae, settings, job.work, preset.seed, lambda *_: False, preset.workers, job.deadline)
-
-
-def run_decoder(job: Job) -> None:
-    train, val = job.store("train"), job.store("val")
-    vae = VideoVAE(config_with_statistics(job).vae).to(job.device)
-    vae.load_state_dict(averaged(job, "vae"))
-    trainer = decoder_trainer(job, vae)
-    trainer.resume()
-    seeds = np.random.SeedSequence([job.preset.seed, trainer.step]).spawn(trainer.settings.parts)
-    side = MODEL.height  # whole pictures: the attention in the middle sees all of them
-    streams = [
-        [decoder_phase.Streams(train, rng, trainer.settings.batch, side, job.device) for _ in range(decoder_phase.STREAMS_PER_PART)]
-        for rng in map(np.random.default_rng, seeds)
-    ]
-
-    def part_loss(vae, draw, part):
-        return decoder_phase.stream_loss(vae, streams[part][trainer.step % decoder_phase.STREAMS_PER_PART], draw)
-
-    trainer.run(part_loss, partial(decoder_phase.validate, store=val, device=job.device, side=side), refresher(train))
 
 
 def averaged(job: Job, phase: str) -> dict[str, torch.Tensor]:
@@ -181,7 +160,7 @@ def config_with_statistics(job: Job) -> ModelConfig:
     """The model's config with the latents' mean and deviation, measured once."""
     path = job.work / "latent_stats.json"
     if not path.exists():
-        vae = VideoVAE(MODEL.vae).to(job.device).eval()
+        vae = PatchVAE(MODEL.vae).to(job.device).eval()
         vae.load_state_dict(averaged(job, "vae"))
         save_statistics(latents_phase.latent_statistics(vae, job.store("train"), job.device), path)
     statistics = json.loads(path.read_text())
@@ -202,8 +181,7 @@ def assemble(job: Job) -> FactorPortrait:
     model.expression["controller"].neutral_code.copy_(neutral)
     if (job.work / "dit.pt").exists():
         model.load_state_dict(averaged(job, "dit"))  # holds the other networks as they were then
-    decoded = (job.work / "decoder.pt").exists()
-    model.vae.load_state_dict(averaged(job, "decoder" if decoded else "vae"))
+    model.vae.load_state_dict(averaged(job, "vae"))
     model.expression.load_state_dict(averaged(job, "expression"), strict=False)
     return model
 
@@ -217,7 +195,7 @@ def run_init(job: Job, checkpoint: Path) -> None:
         CheckpointError: the checkpoint is of another size than the presets', or of another seed.
         UserError: the work folder has states already.
     """
-    names = ("vae.pt", "decoder.pt", "expression.pt", "dit.pt", "latent_stats.json", "latents", "code_basis.pt")
+    names = ("vae.pt", "expression.pt", "dit.pt", "latent_stats.json", "latents", "code_basis.pt")
     existing = [name for name in names if (job.work / name).exists()]
     if existing:
         raise UserError(
@@ -242,7 +220,7 @@ def run_init(job: Job, checkpoint: Path) -> None:
 def run_latents(job: Job) -> None:
     """Encode the shards that are there; run it again when there are more."""
     config = config_with_statistics(job)
-    vae = VideoVAE(config.vae).to(job.device).eval()
+    vae = PatchVAE(config.vae).to(job.device).eval()
     vae.load_state_dict(averaged(job, "vae"))
 
     def encode(split: str, name: str, shard: dict[str, np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""Phase 1: the causal video VAE on clips of pictures and of normal maps."""
+"""Phase 1: the video VAE. Its encoder is the principal components of patches, its decoder trained on pictures and normal maps."""
 
 from __future__ import annotations
 
@@ -8,26 +8,65 @@ from torch import Tensor, nn
 
 from demo.train.data import ClipStore, to_unit
 from demo.train.trainer import Draw, Metrics
-from factorportrait.export.models.vae import VideoVAE
+from factorportrait.config import PatchVAEConfig
+from factorportrait.export.models.patch_vae import PatchVAE
 
-NORMALS_SHARE = 0.35
-LATENT_NOISE = 0.1  # added to raw latents, whose deviation settles near 3: makes the decoder smooth
-LATENT_WEIGHT = 1e-5  # of their square, against drift
+NORMALS_SHARE = 0.3
+STILL_SHARE = 0.15  # of the patches that the components are made from: pictures that stand still, as the first one does
+COMPONENT_CLIPS = 600
+LATENT_NOISE = 0.1  # added to raw latents: what the transformer makes is not exact either
 GRADIENT_WEIGHT = 0.25
 # Of pixels that another performance of the same clip changes: eyes, brows and mouth, a few hundredths of the picture, which a
 # mean error forgets although everything that expression shows is there.
-EXPRESSION_WEIGHT = 6.0
+EXPRESSION_WEIGHT = 3.0
 EXPRESSION_DIFFERENCE = 24  # of 255
-# Side in pixels and frames of a part's crops, with their shares. Long ones, because the causal convolutions look back over more
-# than twenty frames, and what they have never seen they do not decode; large ones, because attention spans the picture.
-CROPS = ((64, 29), (64, 13), (128, 9))
-CROP_SHARES = (0.5, 0.25, 0.25)
+# Of a crop, in pixels and in frames: the decoder sees a few cells around, and one latent frame back.
+CROP_SIDE, CROP_FRAMES = 64, 9
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Muon updates the convolutions inside; the first and the last of each half are left to AdamW."""
-    ends = ("encoder.conv1", "encoder.head", "decoder.conv1", "decoder.head", "conv1", "conv2")
-    return parameter.ndim >= 4 and not name.startswith(ends)
+    """Muon updates the convolutions inside."""
+    return name.startswith(("decoder.cells.", "decoder.blocks.", "decoder.to_fine."))
+
+
+def patches_of(frames: np.ndarray, config: PatchVAEConfig) -> np.ndarray:
+    """uint8 [4, H, W, 3] -> float32 [cells, 12 * s * s] in -1..1, a row in the order of the encoder's weights [z, 3 * 4, s, s]."""
+    time, height, width, channels = frames.shape
+    side = config.cell_size
+    cells = (frames.astype(np.float32) / 127.5 - 1).reshape(time, height // side, side, width // side, side, channels)
+    return cells.transpose(1, 3, 5, 0, 2, 4).reshape(-1, channels * time * side * side)
+
+
+@torch.no_grad()
+def fit_components(vae: PatchVAE, store: ClipStore, seed: int) -> None:
+    """Make the encoder the principal components of the clips' patches, and the decoder's linear part its inverse."""
+    config, draw = vae.config, Draw(seed, "components", 0, 0)
+    size = vae.encoder.weight[0].numel()
+    total, products, count = np.zeros(size), np.zeros((size, size)), 0
+    for clip in np.linspace(0, len(store) - 1, min(COMPONENT_CLIPS, len(store))).astype(int):
+        shown = store.get(int(clip), "normals" if draw.chance(NORMALS_SHARE) else "frames")
+        start = draw.rng.integers(len(shown) - config.temporal_stride + 1)
+        frames = shown[start : start + config.temporal_stride]
+        rows = patches_of(np.repeat(frames[:1], len(frames), 0) if draw.chance(STILL_SHARE) else frames, config)
+        total, products, count = total + rows.sum(0), products + rows.T @ rows, count + len(rows)
+    mean = total / count
+    _, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+    basis = torch.from_numpy(vectors[:, ::-1][:, : config.z_dim].T.copy()).float()
+    vae.encoder.weight.copy_(basis.view_as(vae.encoder.weight))
+    vae.encoder.bias.copy_(-basis @ torch.from_numpy(mean).float())
+    # The decoder's channels are frame, colour, row, column; the encoder's colour, frame, row, column.
+    channels, time, side = config.in_channels, config.temporal_stride, config.cell_size
+
+    def by_frame(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (channels, time, side, side)).transpose(-4, -3).flatten(-4)
+
+    vae.decoder.inverse.weight.copy_(by_frame(basis).T[:, :, None, None])
+    vae.decoder.inverse.bias.copy_(by_frame(torch.from_numpy(mean).float()))
+
+
+def train_only_decoder(vae: PatchVAE) -> None:
+    """Gradients for the decoder; what makes latents is fixed, so the transformer may be trained at any time."""
+    vae.encoder.requires_grad_(False)
 
 
 def sample_crops(store: ClipStore, draw: Draw, budget: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -37,14 +76,13 @@ def sample_crops(store: ClipStore, draw: Draw, budget: int, device: torch.device
     """
     rng = draw.rng
     height, width = store.get(0, "frames").shape[1:3]
-    side, length = CROPS[rng.choice(len(CROPS), p=CROP_SHARES)]
-    count = max(1, round(budget * 128 * 128 / (length * side * side)))
+    count = max(1, round(budget * 128 * 128 / (CROP_FRAMES * CROP_SIDE**2)))
     crops, weights = [], []
     for _ in range(count):
         index, name = int(rng.integers(len(store))), "normals" if draw.chance(NORMALS_SHARE) else "frames"
-        start = rng.integers(len(store.get(index, name)) - length + 1)
-        top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-        place = (slice(start, start + length), slice(top, top + side), slice(left, left + side))
+        start = rng.integers(len(store.get(index, name)) - CROP_FRAMES + 1)
+        top, left = rng.integers(height - CROP_SIDE + 1), rng.integers(width - CROP_SIDE + 1)
+        place = (slice(start, start + CROP_FRAMES), slice(top, top + CROP_SIDE), slice(left, left + CROP_SIDE))
         crop = store.get(index, name)[place]
         weight = np.ones(crop.shape[:3], np.float32)
         if name == "frames" and store.has(index, "twin_frames"):
@@ -72,13 +110,13 @@ def reconstruction_loss(decoded: Tensor, frames: Tensor, weights: Tensor | None 
     return (pixels if weights is None else weights * pixels).mean() + GRADIENT_WEIGHT * edges, mse
 
 
-def vae_loss(vae: VideoVAE, draw: Draw, frames: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
+def vae_loss(vae: PatchVAE, draw: Draw, frames: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
     """frames [B, 3, T, H, W], weights [B, 1, T, H, W] -> loss of one part."""
-    mean = vae.encode_whole(frames).float()
-    latents = mean + LATENT_NOISE * draw.normal(mean.shape, mean.device)
+    with torch.no_grad(), torch.autocast(frames.device.type, enabled=False):
+        mean = vae.encode_whole(frames)
+    latents = mean + LATENT_NOISE * draw.normal(mean.shape, mean.device) / vae.latents_std[:, None]
     loss, mse = reconstruction_loss(vae.decode_whole(latents), frames, weights)
-    loss = loss + LATENT_WEIGHT * mean.square().mean()
-    return loss, {"psnr": psnr_of(mse.item()), "latent_std": mean.std().item()}
+    return loss, {"psnr": psnr_of(mse.item())}
 
 
 def psnr_of(mse: float) -> float:
