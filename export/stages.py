@@ -299,11 +299,13 @@ class Examples:
 
 
 def condition_inputs(model: FactorPortrait, frames: int, seed: int = 0) -> dict[str, Tensor]:
-    """Inputs of `condition_embed` for F latent frames: the first has the reference, the others pose and rays."""
+    """Inputs of `condition_embed` for F slots: the first has the reference, the others pose and rays, and the reference where it
+    stands in all slots."""
     make = Examples(model, seed)
     reference, pose, rays = make.latents(frames), make.latents(frames), make.rays(frames)
     if frames > 1:
-        reference[:, :, 1:], pose[:, :, :1], rays[:, :, :1] = 0, 0, 0
+        pose[:, :, :1], rays[:, :, :1] = 0, 0
+        reference[:, :, 1:] = reference[:, :, :1] if model.config.fusion.reference_slots == "all" else 0
     return {"reference_latents": reference, "pose_latents": pose, "rays": rays}
 
 

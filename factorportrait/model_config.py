@@ -137,11 +137,18 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """Channels of the patch embedding (FactorPortrait, figure 2): which streams, in which order, and how rays are packed."""
+    """Channels of the patch embedding (FactorPortrait, figure 2): which streams, in which order, and how rays are packed.
+
+    Attributes:
+        rays: "packed": the 4 frames of a latent, 24 channels; "last": the last of them, 6 channels.
+        reference_slots: "first": the reference's latents stand in slot 0 alone, as in the paper; "all": in the slots of the frames
+            too, so that a small model need not learn to copy what stays in place.
+    """
 
     streams: tuple[str, ...] = STREAMS
     latent_channels: int = 16
-    rays: str = "packed"  # "packed": the 4 frames of a latent, 24 channels; "last": the last of them, 6 channels
+    rays: str = "packed"
+    reference_slots: str = "first"
 
     def __post_init__(self):
         object.__setattr__(self, "streams", tuple(self.streams))
@@ -154,10 +161,11 @@ class FusionConfig:
                 found=", ".join(self.streams),
                 action=CORRECT,
             )
-        if self.rays not in ("packed", "last"):
-            raise CheckpointError(
-                "rays", expected="packed or last", found=repr(self.rays), action=CORRECT
-            )
+        for name, values in (("rays", ("packed", "last")), ("reference_slots", ("first", "all"))):
+            if getattr(self, name) not in values:
+                raise CheckpointError(
+                    name, expected=" or ".join(values), found=repr(getattr(self, name)), action=CORRECT
+                )
 
     @property
     def ray_channels(self) -> int:

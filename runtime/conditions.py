@@ -157,6 +157,8 @@ class GraphEmbedder:
         sizes = {"F": tokens[0].shape[1]}
         zeros, fed = (allocate(engine, runner.spec.inputs, sizes) for _ in range(2))
         given = ["reference_latents"] if is_reference else ["pose_latents", "rays"]
+        if config.fusion.reference_slots == "all" and not is_reference:
+            given.append("reference_latents")
         self._fed = {name: Mirrored(engine, fed[name]) for name in given}
         self._calls = []
         for drops, target in zip(dropped, tokens, strict=True):
@@ -164,9 +166,13 @@ class GraphEmbedder:
             inputs = {name: source[name] for name, source in used.items()}
             self._calls.append(runner.bind(inputs, {"condition_tokens": target}))
 
-    def reference(self, latents: np.ndarray) -> None:
-        """Embed reference latents [1,16,1,h,w]."""
-        self._fed["reference_latents"].array[...] = latents
+    def set_reference(self, latents: np.ndarray) -> None:
+        """Reference latents [1,C,1,h,w] for all slots that hold them."""
+        if "reference_latents" in self._fed:
+            self._fed["reference_latents"].array[...] = latents
+
+    def reference(self) -> None:
+        """Embed the reference."""
         self._run()
 
     def frames(self, groups: Sequence[Group]) -> None:
@@ -184,19 +190,32 @@ class GraphEmbedder:
 
 
 class FusedEmbedder:
-    """The same by `FusedEmbedding`, on the host: no ray maps, no graph, straight into the buffers where the engine lets it."""
+    """The same by `FusedEmbedding`, on the host: no ray maps, no graph, straight into the buffers where the engine lets it.
+
+    Args:
+        in_frames: the slots are frames that hold the reference as well; its share of their tokens is computed once per portrait.
+    """
 
     def __init__(
-        self, fused: FusedEmbedding, engine: Engine, dropped: Sequence[frozenset[str]], tokens: Sequence[Buffer]
+        self, fused: FusedEmbedding, engine: Engine, dropped: Sequence[frozenset[str]], tokens: Sequence[Buffer], in_frames: bool
     ):
         self._fused, self._dropped = fused, dropped
         self._targets = [Mirrored(engine, target) for target in tokens]
         self._rows = [target.array.reshape(-1, target.array.shape[-1]) for target in self._targets]
+        self._in_frames = in_frames
+        self._latents: np.ndarray | None = None
+        self._share: np.ndarray | None = None  # [T, D] of the reference in the tokens of a frame
 
-    def reference(self, latents: np.ndarray) -> None:
+    def set_reference(self, latents: np.ndarray) -> None:
+        """See `GraphEmbedder.set_reference`."""
+        self._latents = latents[0, :, 0]
+        if self._in_frames:
+            self._share = self._fused.embed_reference(self._latents) - self._fused.embed_reference(None)
+
+    def reference(self) -> None:
         """See `GraphEmbedder.reference`."""
         for drops, out in zip(self._dropped, self._rows, strict=True):
-            self._fused.embed_reference(None if "reference" in drops else latents[0, :, 0], out=out)
+            self._fused.embed_reference(None if "reference" in drops else self._latents, out=out)
         self._send()
 
     def frames(self, groups: Sequence[Group]) -> None:
@@ -206,6 +225,9 @@ class FusedEmbedder:
         for drops, out in zip(self._dropped, self._rows, strict=True):
             cameras = (None, None) if "camera" in drops else (K, c2w)
             self._fused.embed_chunk(*cameras, None if "pose" in drops else pose, num_slots=len(groups), out=out)
+            if self._share is not None and "reference" not in drops:
+                slots = out.reshape(-1, *self._share.shape)
+                np.add(slots, self._share, out=slots, casting="same_kind")
         self._send()
 
     def _send(self) -> None:
@@ -256,14 +278,18 @@ class ConditionBuilder:
         self._bound: dict[tuple[int, bool], _Slots] = {}
         self._neutral = self._neutral_modulation(np.ascontiguousarray(neutral_code, np.float32)[None])
         self._state: dict[str, np.ndarray] | None = None
+        self._reference: np.ndarray | None = None  # latents [1, C, 1, h, w]
 
     def reset(self) -> None:
         self._state = None
 
     def reference(self, latents: np.ndarray) -> tuple[list[Buffer], list[Buffer]]:
         """Reference latents [1,16,1,h,w] -> per set condition tokens [1,1,T,D] and modulation [1,1,6,D] of slot 0."""
+        self._reference = latents
+        for bound in self._bound.values():
+            bound.embedder.set_reference(latents)
         slots = self._slots(1, is_reference=True)
-        slots.embedder.reference(latents)
+        slots.embedder.reference()
         slots.modulate(self._neutral)
         return self._buffers(1)
 
@@ -303,7 +329,10 @@ class ConditionBuilder:
         if self._fused is None:
             embedder = GraphEmbedder(self.config, self.engine, dropped, tokens, is_reference)
         else:
-            embedder = FusedEmbedder(self._fused, self.engine, dropped, tokens)
+            in_frames = self.config.fusion.reference_slots == "all" and not is_reference
+            embedder = FusedEmbedder(self._fused, self.engine, dropped, tokens, in_frames)
+        if self._reference is not None:
+            embedder.set_reference(self._reference)
         kept = [
             None if "expression" in drops else Mirrored(self.engine, target)
             for drops, target in zip(dropped, modulation, strict=True)

@@ -78,6 +78,7 @@ def test_there_and_back(tiny_config):
         ({"expression__encoder_blocks": -1}, ["encoder_blocks; expected 0 or more"]),
         ({"name": ["tiny"]}, ["config: name; expected a string"]),
         ({"fusion": {"rays": "first"}}, ["packed or last", "'first'"]),
+        ({"fusion": {"reference_slots": "last"}}, ["reference_slots", "first or all", "'last'"]),
         ({"expression__aggregator": "max"}, ["causal_conv, window or mean"]),
         ({"generation__modes": []}, ["clip, stream or both"]),
         ({"generation__chunk_frames": 9}, ["1 <= chunk_frames <= window_frames"]),

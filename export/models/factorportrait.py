@@ -1,7 +1,7 @@
 """FactorPortrait (arXiv 2512.11645): one portrait, driving expression, head pose and camera path -> latent video.
 
 Slots: 0 is the reference, 1..N the frames. Each stream is zero where it has nothing to say (the paper's figure of the condition
-fusion): the reference only in slot 0; noise, camera and pose only in slots 1..N.
+fusion): the reference only in slot 0, unless `FusionConfig.reference_slots` is "all"; noise, camera and pose only in slots 1..N.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class FactorPortrait(nn.Module):
     def clip_condition_tokens(self, conditions: ClipConditions) -> Tensor:
         """The slot layout: [B,1+N,T,D]."""
         frames = conditions.pose_latents.shape[2]
-        reference = F.pad(conditions.reference_latents, (0, 0, 0, 0, 0, frames))
+        reference = conditions.reference_latents
+        if self.config.fusion.reference_slots == "all":
+            reference = reference.expand(-1, -1, 1 + frames, -1, -1)
+        else:
+            reference = F.pad(reference, (0, 0, 0, 0, 0, frames))
         pose, rays = (F.pad(t, (0, 0, 0, 0, 1, 0)) for t in (conditions.pose_latents, conditions.rays))
         return self.dit.embed_conditions(reference, rays, pose)
 

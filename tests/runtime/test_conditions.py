@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from runtime_oracle import relative_error
 
 from factorportrait.export.checkpoint import load_checkpoint
 from factorportrait.export.models.expression import ExpressionController
-from factorportrait.export.models.factorportrait import ClipConditions, stream_mask
+from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait, stream_mask
 from factorportrait.runtime.conditions import ConditionBuilder, Group, group_rays
 from factorportrait.runtime.embedding import choose_embedding, implementations
 from factorportrait.runtime.inputs import default_camera
@@ -85,10 +86,18 @@ def test_chunked_conditions_equal_the_whole_clip(opened, model, sizes):
     assert relative_error(tokens, expected_tokens) <= 1e-4
 
 
+def with_reference_slots(opened, slots):
+    """The bundle with `FusionConfig.reference_slots`: no weight and no graph depends on it."""
+    config = replace(opened.config, fusion=replace(opened.config.fusion, reference_slots=slots))
+    return SimpleNamespace(config=config, engine=opened.engine, bundle=opened.bundle)
+
+
+@pytest.mark.parametrize("slots", ["first", "all"])
 @pytest.mark.parametrize("mode", ["stream", "clip"])
 @pytest.mark.parametrize("guidance", ["1", "all=2", "pose=2,camera=0.5", "reference=1.5,expression=2"])
-def test_fused_embedding_equals_the_graph(opened, mode, guidance, monkeypatch):
+def test_fused_embedding_equals_the_graph(opened, slots, mode, guidance, monkeypatch):
     """Reference and chunks, every factor dropped in turn; on every instruction set of this machine and on NumPy."""
+    opened = with_reference_slots(opened, slots)
     guidance, groups = guidance.removeprefix("all="), random_groups(opened.config, 5)
     latents = np.random.default_rng(1).standard_normal((1, 16, 1, 4, 4)).astype(np.float32)
     tokens = {}
@@ -107,6 +116,37 @@ def test_fused_embedding_equals_the_graph(opened, mode, guidance, monkeypatch):
     assert relative_error(tokens["graph"][::-1], tokens["graph"]) > 0.1  # a check of the check
 
 
+@pytest.mark.parametrize("embedding", ["graph", "fused"])
+@pytest.mark.parametrize("slots", ["first", "all"])
+def test_tokens_equal_those_of_training(opened, model, slots, embedding):
+    """Slots of two portraits one after the other, as `clip_condition_tokens` lays them out."""
+    opened = with_reference_slots(opened, slots)
+    builder = make_builder(opened, embedding)
+    rng, groups = np.random.default_rng(2), random_groups(opened.config, 3)
+    found, expected = [], []
+    for _ in range(2):
+        latents = rng.standard_normal((1, 16, 1, 4, 4)).astype(np.float32)
+        reference, _ = builder.reference(latents)
+        builder.reset()
+        tokens = [reference[0].copy()]
+        for first, size in ((0, 1), (1, 2)):
+            tokens.append(builder.chunk(groups[first : first + size], first).tokens[0].copy())
+        found.append(np.concatenate(tokens, axis=1))
+        conditions = ClipConditions(
+            torch.from_numpy(latents),
+            torch.from_numpy(np.stack([group.pose_latents for group in groups], axis=1)[None]),
+            torch.from_numpy(group_rays(opened.config, groups).copy()[None]),
+            torch.zeros(1, 4, 6, 64),
+        )
+        with torch.no_grad():
+            trained = SimpleNamespace(config=opened.config, dit=model.dit)
+            expected.append(FactorPortrait.clip_condition_tokens(trained, conditions).numpy())
+    for got, wanted in zip(found, expected, strict=True):
+        assert relative_error(got, wanted) <= 1e-4
+    same = relative_error(found[0][:, 1:], found[1][:, 1:]) == 0
+    assert same == (slots == "first"), "the frames hold the portrait where it stands in all slots, and only there"
+
+
 def test_state_matters(opened):
     """A check of the check: without the state of the chunk before, the modulation is another one."""
     groups = random_groups(opened.config, 4)
@@ -117,7 +157,7 @@ def test_state_matters(opened):
 
 @pytest.mark.parametrize("aggregator", ["causal_conv", "window", "mean"])
 def test_every_aggregator_streams(tiny_config, aggregator):
-    config = dataclasses.replace(tiny_config.expression, aggregator=aggregator)
+    config = replace(tiny_config.expression, aggregator=aggregator)
     torch.manual_seed(0)
     controller = ExpressionController(config, 24).eval()
     codes = torch.randn(2, 4 * 6, config.code_dim)
