@@ -75,6 +75,10 @@ def add_quality(commands) -> None:
     command.add_argument("--steps", help="denoising steps to compare, such as 1,2,4,8,50 (default: the bundle's own)")
     command.add_argument("--modes", default="frontal,novel,orbit,all", help="kinds of clips, in turn (default: all four)")
     command.add_argument("--generation", choices=("stream", "clip"), help="default: stream where the checkpoint allows it")
+    command.add_argument(
+        "--expression", choices=("pictures", "arkit"), default="pictures",
+        help="what drives it: pictures through the expression encoder (default), or their true ARKit coefficients",
+    )  # fmt: skip
     command.add_argument("--window", type=int, help="latent frames that a chunk of a stream sees (default: the checkpoint's)")
     command.add_argument("--self-only", action="store_true", help="people driven by themselves alone: enough for fp-bench pareto")
     command.add_argument("--guidance", default="1", help="these four as for fp-run")
@@ -165,7 +169,7 @@ def settings_from(options: argparse.Namespace):
     return Settings(
         identities, frames, parse_steps(options.steps), modes, options.seed, options.generation, options.stream,
         1 if options.quick else 2, options.data, options.threads, options.window, approximations(options),
-        options.self_only,
+        options.self_only, options.expression,
     )  # fmt: skip
 
 

@@ -228,7 +228,8 @@ def drive(
     """Generate with the runtime's own loop.
 
     Args:
-        portrait: uint8 [H, W, 3]; expression: pictures [T, H, W, 3] for the expression encoder; normals: [T, H, W, 3].
+        portrait: uint8 [H, W, 3]; normals: [T, H, W, 3].
+        expression: pictures [T, H, W, 3] for the expression encoder, or ARKit coefficients [T, 52].
         motion: gives the cameras.
         options: fields of `factorportrait.runtime.session.SessionOptions`.
 
@@ -238,9 +239,12 @@ def drive(
     session.check_length(len(normals))
     session.set_reference(np.ascontiguousarray(portrait))
     side = opened.config.expression.image_size
+    pictured = expression.ndim == 4
     driving = (
-        DrivingFrame(normal, K, c2w, image=square_crop(picture, side))
-        for normal, K, c2w, picture in zip(normals, motion.K, motion.c2w, expression, strict=True)
+        DrivingFrame(
+            normal, K, c2w, image=square_crop(shown, side) if pictured else None, coefficients=None if pictured else shown
+        )
+        for normal, K, c2w, shown in zip(normals, motion.K, motion.c2w, expression, strict=True)
     )
     return np.stack(list(session.frames(driving)))
 

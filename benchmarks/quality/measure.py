@@ -46,6 +46,10 @@ ACTIONS = {  # what a person looks for in the sheet of single actions
     "jaw right": {"jawRight": 1.0, "mouthRight": 0.6},
 }
 ACTION_FRAMES = 13
+EXPRESSIONS = {
+    "pictures": "pictures through the bundle's expression encoder",
+    "arkit": "true ARKit coefficients through the bundle's map",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Settings:
 
     approximations: fields of `factorportrait.runtime.session.SessionOptions` that change the pictures, for all that is generated.
     self_only: every person driven by itself and nothing else, which is what `fp-bench pareto` reads.
+    expression: what drives it, of `EXPRESSIONS`; "arkit" are the coefficients that the pictures were rendered with.
     """
 
     identities: int = 20
@@ -69,6 +74,7 @@ class Settings:
     window: int | None = None
     approximations: Mapping[str, object] = field(default_factory=dict)
     self_only: bool = False
+    expression: str = "pictures"
 
 
 @dataclass
@@ -104,9 +110,9 @@ class Bench:
         self, portrait: np.ndarray, expression: np.ndarray, normals: np.ndarray, motion: Motion, index: int,
         steps: int | None = None, guidance: str = "1", mode: str | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """uint8 [T, H, W, 3]; the noise depends on the run's seed and `index` alone."""
+        """uint8 [T, H, W, 3]; the noise depends on the run's seed and `index` alone. expression: pictures of `motion`'s."""
         return drive(
-            self.opened, portrait, expression, normals, motion,
+            self.opened, portrait, motion.coefficients if self.settings.expression == "arkit" else expression, normals, motion,
             steps=steps or self.primary_steps, mode=mode or self.generation,
             **{"guidance": guidance, **self.settings.approximations},
             window_frames=self.window,
@@ -403,7 +409,7 @@ def measure(
             "generation": bench.generation, "chunk_frames": opened.config.generation.chunk_frames,
             "window_frames": bench.window, "approximations": dict(settings.approximations),
             "clips": "rendered" if settings.data is None else "shards of the test split",
-            "expression": "pictures through the bundle's expression encoder",
+            "expression": EXPRESSIONS[settings.expression],
         },
         thresholds=bench.thresholds,
         rulers={

@@ -406,7 +406,8 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
     lead = (
         f"{settings['identities']} test identities, {settings['frames']} frames each at {bundle['width']}×{bundle['height']}, "
         f"modes {', '.join(settings['modes'])} in turn; {settings['generation']} mode, "
-        f"{settings['primary_steps']} steps unless said; seed {settings['seed']}; {report.seconds:.0f} s. "
+        f"{settings['primary_steps']} steps unless said; expression by {settings['expression']}; "
+        f"seed {settings['seed']}; {report.seconds:.0f} s. "
         f"Every figure is taken on 8-bit pictures against the true render."
     )
     others = tuple(metric for metric in METRICS if metric not in MAIN_METRICS)

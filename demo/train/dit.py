@@ -24,6 +24,7 @@ from factorportrait.export.models.factorportrait import ClipConditions, FactorPo
 from factorportrait.model_config import GenerationConfig
 
 CHUNK_FULL_SHARE = 0.75  # of chunks that have `chunk_frames`; the others are shorter, as the last of a video may be
+SHORT_SHARES = (0.5, 0.2, 0.3)  # of short windows with 1, 2, 3 latent frames
 NUM_CHUNKS_SHARES = (0.4, 0.5, 0.1)  # of windows with 1, 2, 3 chunks
 WHOLE_CLIP_SHARE = 0.3
 INITIAL_MODULATION = 0.2  # deviation of the modulation over codes
@@ -70,7 +71,7 @@ def draw_window(draw: Draw, settings: DiTSettings, generation: GenerationConfig,
     """Which part of clips of `total` latent frames a micro-batch sees, and how it is cut into chunks."""
     rng = draw.rng
     if draw.chance(settings.short_share):
-        frames = int(rng.integers(1, generation.chunk_frames + 1))
+        frames = 1 + int(rng.choice(len(SHORT_SHARES), p=SHORT_SHARES))
         chunks = (frames,) if draw.chance(settings.stream_share) else None
         return Window(int(rng.integers(total - frames + 1)), frames, chunks)
     if not draw.chance(settings.stream_share):
@@ -146,6 +147,12 @@ def drop_conditions(conditions: ClipConditions, draw: Draw, share: float, copies
     )
 
 
+def channel_scale(model: FactorPortrait, exponent: float) -> Tensor:
+    """[1, C, 1, 1, 1] by which errors of the latents' channels are multiplied; its mean square is 1."""
+    scale = torch.tensor(model.config.vae.latents_std) ** (exponent / 2)
+    return (scale / scale.square().mean().sqrt()).view(1, -1, 1, 1, 1)
+
+
 def window_mask(model: FactorPortrait, window: Window, device: torch.device) -> Tensor | None:
     if window.chunks is None:
         return None
@@ -184,6 +191,7 @@ def dit_loss(
     scale = torch.tensor([settings.background_weight, 1.0, settings.face_weight], device=device)
     weights = scale[store.stack("weights", clips, device)[:, part].long()] * ~context[:batch, :, None, None]
     error = velocity.float() - (noise - clean)
+    error = error * channel_scale(model, settings.channel_weight).to(device)
     squared = error.square().mean(1)
     if copies == 2:
         first, second = error.chunk(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,9 +27,21 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Parameters named in `matrices` are updated by Muon as [first axis, the rest]; the update has AdamW's usual size."""
+    """Parameters named in `matrices` are updated by Muon as [first axis, the rest]; the update has AdamW's usual size.
 
-    def __init__(self, matrices: Iterable[Tensor], others: Iterable[Tensor], lr: float, weight_decay: float):
+    Args:
+        rates: of single parameters' learning rate, by their id, against 1 of the others.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
+        lr: float,
+        weight_decay: float,
+        rates: Mapping[int, float] | None = None,
+    ):
+        self.rates = dict(rates or {})
         groups = [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}]
         super().__init__([group for group in groups if group["params"]], {"lr": lr, "weight_decay": weight_decay})
 
@@ -41,7 +53,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, group: dict, parameter: Tensor) -> None:
-        state, lr = self.state[parameter], group["lr"]
+        state, lr = self.state[parameter], group["lr"] * self.rates.get(id(parameter), 1.0)
         gradient = parameter.grad.float()
         if group["muon"]:
             momentum = state.setdefault("momentum", torch.zeros_like(gradient))

@@ -92,7 +92,11 @@ def expression_trainer(job: Job, nets: nn.ModuleDict) -> Trainer:
 def dit_trainer(job: Job, model: FactorPortrait) -> Trainer:
     settings, preset = job.settings(job.preset.dit), job.preset
     dit_phase.train_only_transformer(model)
-    return Trainer("dit", model, settings, job.work, preset.seed, dit_phase.is_matrix, preset.workers, job.deadline)
+
+    def rate_of(name: str) -> float:
+        return settings.controller_rate if name.startswith("expression.") else 1.0
+
+    return Trainer("dit", model, settings, job.work, preset.seed, dit_phase.is_matrix, preset.workers, job.deadline, rate_of)
 
 
 def run_vae(job: Job) -> None:

@@ -78,6 +78,7 @@ class Trainer:
         is_matrix: whether Muon updates the parameter of this name and tensor.
         workers: threads that take parts; more than 1 means that each runs its operators on one core.
         deadline: of `time.monotonic`, at which a run stops with its state saved, although its phase is not done.
+        rate_of: share of the learning rate that the parameter of a name gets.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Trainer:
         is_matrix: Callable[[str, Tensor], bool],
         workers: int = 1,
         deadline: float = math.inf,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
     ):
         self.phase, self.module, self.settings, self.work, self.seed = phase, module, settings, work, seed
         self.deadline = deadline
@@ -99,7 +101,8 @@ class Trainer:
         matrices = [p for name, p in named if p.ndim > 1 and is_matrix(name, p)]
         chosen = {id(p) for p in matrices}
         others = [p for p in self.parameters if id(p) not in chosen]
-        self.optimizer = MuonAdamW(matrices, others, settings.learning_rate, settings.weight_decay)
+        rates = {id(p): rate_of(name) for name, p in named}
+        self.optimizer = MuonAdamW(matrices, others, settings.learning_rate, settings.weight_decay, rates)
         self.device = self.parameters[0].device
         self.step, self.elapsed_s = 0, 0.0
         self.pool = ThreadPoolExecutor(workers) if workers > 1 else None

@@ -159,7 +159,7 @@ def make_report(**changes) -> report.Report:
         "schema": report.SCHEMA,
         "bundle": {"name": "tiny", "precision": "fp32", "height": 8, "width": 8, "source_key": "ab" * 32, "bytes": 9},
         "settings": {"identities": 2, "frames": 13, "steps": [4, 50], "primary_steps": 4, "modes": ["all"], "seed": 0,
-                     "generation": "stream"},
+                     "generation": "stream", "expression": "pictures"},
         "thresholds": load_thresholds(),
         "rulers": {"probe": None, "probe_missing": "none <here>", "probe_doubt": "", "lpips_missing": "no package"},
         "clips": [{"person": f"test-{i}", "mode": "all", "changed_share": 0.1, "methods": methods} for i in range(2)],
@@ -329,6 +329,30 @@ def test_quick_run(tiny_bundle, tmp_path, capsys):
         assert found["neutral"]["psnr"] > found["steps_2"]["psnr"]
         assert found["portrait_copied"]["flicker"] == 0 and found["steps_1"]["pose_error_deg"] > 0
     assert "missed" in printed and "do not trust" in printed
+
+
+@pytest.mark.parametrize("expression", ["pictures", "arkit"])
+def test_what_drives_the_expression(tiny_bundle, tmp_path, monkeypatch, expression):
+    """Pictures reach the runtime, or the coefficients that they were rendered with."""
+    pytest.importorskip("warp")
+    pytest.importorskip("skimage")
+    from factorportrait.runtime.session import Session
+
+    shown, frames = [], Session.frames
+
+    def recorded(self, driving):
+        shown.extend(driving)
+        return frames(self, shown[-6:])
+
+    monkeypatch.setattr(Session, "frames", recorded)
+    command = ["quality", str(tiny_bundle), "--self-only", "--identities", "1", "--frames", "6", "--steps", "1", "--threads", "1"]
+    assert cli.main([*command, "--expression", expression, "--output", str(tmp_path / "out")]) == 0
+    made = report.Report.from_json((tmp_path / "out" / "quality.json").read_text(), "quality.json")
+    assert made.settings["expression"].startswith({"pictures": "pictures", "arkit": "true ARKit"}[expression]) and len(shown) >= 6
+    if expression == "pictures":
+        assert all(frame.image is not None and frame.coefficients is None for frame in shown)
+    else:
+        assert all(frame.image is None for frame in shown) and np.any([frame.coefficients for frame in shown[:6]])
 
 
 def test_fused_probe_equals_the_trained_one(tmp_path):

@@ -19,6 +19,7 @@ from demo.train import vae as vae_phase
 from demo.train.__main__ import PHASES
 from demo.train.dit import (
     INITIAL_MODULATION,
+    channel_scale,
     dit_loss,
     draw_sigmas,
     draw_window,
@@ -106,6 +107,37 @@ def test_threads_change_nothing(tmp_path):
         run.run(linear_loss)
     for a, b in zip(runs[0].module.parameters(), runs[1].module.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_parameter_may_learn_more_slowly(tmp_path):
+    """Both kinds: Muon's first layer at full rate, AdamW's second at a tenth, and the other way round."""
+    moved = {}
+    for slow in ("0.", "1."):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+        before = [p.detach().clone() for p in module.parameters()]
+        trainer = Trainer(
+            "toy", module, toy_settings(weight_decay=0.0), tmp_path, 0, lambda name, p: name == "0.weight",
+            rate_of=lambda name, slow=slow: 0.1 if name.startswith(slow) else 1.0,
+        )  # fmt: skip
+        trainer.train_step(linear_loss, 1e-2)
+        moved[slow] = [float((p.detach() - b).abs().max()) for p, b in zip(module.parameters(), before, strict=True)]
+    for first, second, ratio in zip(moved["0."], moved["1."], (0.1, 0.1, 10, 10), strict=True):
+        assert first / second == pytest.approx(ratio, rel=1e-3)
+
+
+def test_channels_weigh_as_they_are_told():
+    """Exponent 0: all alike. 2: as in the sum of squares of raw latents, that is of pixels under an orthonormal encoder."""
+    vae = replace(TOY.vae, latents_std=tuple(1.0 + i for i in range(16)), latents_mean=(0.0,) * 16)
+    model = FactorPortrait(replace(TOY, vae=vae))
+    error = torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    raw = error * torch.arange(1.0, 17.0).view(1, -1, 1, 1, 1)
+    scale = {exponent: channel_scale(model, exponent) for exponent in (0.0, 1.0, 2.0)}
+    assert torch.equal(scale[0.0], torch.ones(1, 16, 1, 1, 1))
+    weighed = (error * scale[2.0]).square().sum((1, 2, 3, 4))
+    assert torch.allclose(weighed / weighed.sum(), (raw.square().sum((1, 2, 3, 4)) / raw.square().sum()))
+    for found in scale.values():
+        assert float(found.square().mean()) == pytest.approx(1)
 
 
 def test_learning_rate_warms_up_and_falls_by_steps_or_time():
