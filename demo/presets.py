@@ -71,7 +71,7 @@ class DiTSettings(PhaseSettings):
     twin_weight: float = 6.0
     face_weight: float = 4.0
     background_weight: float = 0.5
-    channel_weight: float = 1.0
+    channel_weight: float = 1.5
     controller_rate: float = 0.3
 
 
@@ -106,9 +106,9 @@ MODEL = ModelConfig(
 
 CPU = Preset(
     name="cpu",
-    workers=1,
+    workers=2,
     device="cpu",
-    vae=PhaseSettings(steps=6000, parts=1, batch=18, learning_rate=2e-3),
+    vae=PhaseSettings(steps=6000, minutes=8.0, parts=2, batch=9, learning_rate=2e-3),
     expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1e-3),
     dit=DiTSettings(steps=12000, minutes=106.0, parts=2, batch=24, learning_rate=2e-3, cooldown=0.85),
 )
@@ -118,7 +118,7 @@ GPU = replace(
     name="gpu",
     workers=1,
     device="cuda",
-    vae=replace(CPU.vae, steps=20000, minutes=4.0, batch=144, ema_decay=0.9995, validate_every=500),
+    vae=replace(CPU.vae, steps=20000, minutes=4.0, parts=1, batch=144, ema_decay=0.9995, validate_every=500),
     expression=replace(CPU.expression, steps=8000, minutes=3.0, parts=1, batch=256, ema_decay=0.999, validate_every=500),
     dit=replace(CPU.dit, steps=40000, minutes=15.0, parts=1, batch=512, ema_decay=0.9995, validate_every=500),
 )
