@@ -14,7 +14,9 @@ from factorportrait.export.models.patch_vae import PatchVAE
 NORMALS_SHARE = 0.3
 STILL_SHARE = 0.15  # of the patches that the components are made from: pictures that stand still, as the first one does
 COMPONENT_CLIPS = 600
-LATENT_NOISE = 0.1  # added to raw latents: what the transformer makes is not exact either
+# What the transformer makes is not exact either, and shows the borders of its cells: half of the crops have noise in their
+# latents, up to this share of the unit in which the transformer sees them (`latents.latent_statistics`).
+LATENT_NOISE, NOISY_SHARE = 0.5, 0.5
 GRADIENT_WEIGHT = 0.25
 # Of pixels that another performance of the same clip changes: eyes, brows and mouth, a few hundredths of the picture, which a
 # mean error forgets although everything that expression shows is there.
@@ -114,9 +116,17 @@ def vae_loss(vae: PatchVAE, draw: Draw, frames: Tensor, weights: Tensor) -> tupl
     """frames [B, 3, T, H, W], weights [B, 1, T, H, W] -> loss of one part."""
     with torch.no_grad(), torch.autocast(frames.device.type, enabled=False):
         mean = vae.encode_whole(frames)
-    latents = mean + LATENT_NOISE * draw.normal(mean.shape, mean.device) / vae.latents_std[:, None]
-    loss, mse = reconstruction_loss(vae.decode_whole(latents), frames, weights)
+    loss, mse = reconstruction_loss(vae.decode_whole(noisy_latents(mean, draw)), frames, weights)
     return loss, {"psnr": psnr_of(mse.item())}
+
+
+def noisy_latents(latents: Tensor, draw: Draw) -> Tensor:
+    """Latents [B, C, N, h, w], some of them with noise."""
+    deviation = latents.movedim(1, 0).flatten(1).std(1)
+    unit = (deviation * deviation.mean()).sqrt().view(1, -1, 1, 1, 1)
+    share = draw.uniform((2, len(latents), 1, 1, 1, 1), latents.device)
+    level = LATENT_NOISE * share[0] * (share[1] < NOISY_SHARE)
+    return latents + level * unit * draw.normal(latents.shape, latents.device)
 
 
 def psnr_of(mse: float) -> float:

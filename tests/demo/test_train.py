@@ -140,6 +140,20 @@ def test_channels_weigh_as_they_are_told():
         assert float(found.square().mean()) == pytest.approx(1)
 
 
+def test_noise_for_the_decoder():
+    """Half of the crops stay as they are; the others get noise in the transformer's unit, at levels of their own."""
+    clean = torch.randn(400, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    clean *= torch.tensor([8.0, 2.0, 1.0, 1.0]).view(1, 4, 1, 1, 1)
+    added = vae_phase.noisy_latents(clean, Draw(0, "test", 0, 0)) - clean
+    levels = added.square().mean((2, 3, 4)).sqrt()  # [400, 4]
+    untouched = (levels == 0).all(1)
+    assert 0.4 < float(untouched.float().mean()) < 0.6
+    noisy = levels[~untouched]
+    assert 0.45 * (8 * 3) ** 0.5 < float(noisy[:, 0].max()) < 0.65 * (8 * 3) ** 0.5
+    assert float((noisy[:, 0] / noisy[:, 2]).median()) == pytest.approx(8**0.5, rel=0.1)
+    assert float(noisy[:, 0].std()) > 0.2
+
+
 def test_learning_rate_warms_up_and_falls_by_steps_or_time():
     settings = toy_settings(steps=100, minutes=1.0, cooldown=0.5)
     rates = [learning_rate(settings, step, 0.0) / settings.learning_rate for step in (0, 1, 50, 75)]
