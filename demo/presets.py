@@ -99,7 +99,9 @@ MODEL = ModelConfig(
     dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, out_channels=48, patch_size=(1, 1, 1)),
     fusion=FusionConfig(latent_channels=48, reference_slots="all"),
     expression=ExpressionConfig(encoder_widths=(16, 32, 64, 128)),
-    generation=GenerationConfig(chunk_frames=3, window_frames=6, max_clip_frames=8, timestep_shift=1.0),
+    generation=GenerationConfig(
+        chunk_frames=3, window_frames=6, max_clip_frames=8, timestep_shift=1.0, denoising_steps=2
+    ),
     # Frames the face as the training's cameras do (demo/world/motion.py).
     camera=CameraConfig(fov_degrees=16.6, distance=0.95, target=(0.0, 0.002, 0.02)),
 )
