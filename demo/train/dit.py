@@ -149,7 +149,8 @@ def drop_conditions(conditions: ClipConditions, draw: Draw, share: float, copies
 
 def channel_scale(model: FactorPortrait, exponent: float) -> Tensor:
     """[1, C, 1, 1, 1] by which errors of the latents' channels are multiplied; its mean square is 1."""
-    scale = torch.tensor(model.config.vae.latents_std) ** (exponent / 2)
+    config = model.config.vae
+    scale = torch.tensor(config.latents_std or (1.0,) * config.z_dim) ** (exponent / 2)
     return (scale / scale.square().mean().sqrt()).view(1, -1, 1, 1, 1)
 
 
