@@ -94,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
         "--latency", action="store_true",
         help="first picture soonest: a first chunk of one latent frame, and every core for one stage after the other",
     )  # fmt: skip
-    aim.add_argument("--throughput", action="store_true", help="most pictures per second: stages at the same time (the default)")
+    aim.add_argument(
+        "--throughput", action="store_true", help="most pictures per second (the default): files are read and written meanwhile"
+    )  # fmt: skip
     machine.add_argument("--overlap", choices=("auto", *OVERLAPS), help="what runs at once (default auto; with --latency none)")
     machine.add_argument(
         "--engine", default="auto", metavar="NAME",

@@ -37,7 +37,7 @@ def choose_overlap(kind: str, engine: Engine, mode: str = "stream") -> tuple[str
             return kind, "asked for"
         if mode == "clip":
             return "media", "a clip is one chunk"
-        return ("stages", "encoder, denoiser and decoder in turns leave cores idle") if num_cores() > 1 else ("none", "one core")
+        return ("media", "stages take turns with every core, files beside them") if num_cores() > 1 else ("none", "one core")
     if kind == "stages":
         raise UserError(
             "--overlap stages", expected="an engine on the CPU", found=f"stages that share {engine.device} and one stream",
@@ -55,9 +55,10 @@ def default_threads(overlap: str, mode: str = "stream") -> int | None:
     """Threads of an operator on the CPU: None, every core, for stages that take turns; half of the cores for those that do not.
 
     Measured on two cores: two threads per operator are 1.7 times as fast as one; three stages of one thread each are faster still,
-    and three of two threads each, slower, get in each other's way.
+    and three of two threads each, slower, get in each other's way. That holds while the stages cost alike: where the denoiser is
+    nearly everything, as with a light VAE, half of the cores make it slower by half, so "stages" has to be asked for.
     """
-    if overlap == "stages" or (overlap == "auto" and mode == "stream"):
+    if overlap == "stages" and mode == "stream":
         return max(1, num_cores() // 2)
     return None
 

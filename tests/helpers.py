@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from factorportrait.export.models.vae import VideoVAE
+
 TINY = {
     "system": "factorportrait",
     "name": "tiny",
@@ -67,5 +69,6 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 # The variance stays about the same from layer to layer.
                 tensor.copy_(noise * (1.0 / tensor[0].numel()) ** 0.5)
         # The VAE halves the signal in each SiLU; its latents and frames should still be of order one.
-        for head in (model.vae.encoder.head[-1], model.vae.decoder.head[-1]):
+        sides = (model.vae.encoder, model.vae.decoder) if isinstance(model.vae, VideoVAE) else ()
+        for head in (side.head[-1] for side in sides):
             head.weight.mul_(1.5)

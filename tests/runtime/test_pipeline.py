@@ -311,9 +311,9 @@ def test_choice(opened):
     class Device:
         device = "cuda:0"
 
-    assert choose_overlap("auto", opened.engine)[0] == "stages"
-    assert choose_overlap("auto", Device())[0] == choose_overlap("auto", opened.engine, "clip")[0] == "media"
-    assert default_threads("auto", "clip") is default_threads("none") is None and default_threads("auto") >= 1
+    assert choose_overlap("auto", opened.engine)[0] == choose_overlap("auto", opened.engine, "clip")[0] == "media"
+    assert choose_overlap("auto", Device())[0] == "media" and choose_overlap("stages", opened.engine)[0] == "stages"
+    assert default_threads("auto") is default_threads("none") is None and default_threads("stages") >= 1
     assert choose_overlap("none", Device()) == ("none", "asked for")
     with pytest.raises(UserError, match="--overlap stages; expected an engine on the CPU"):
         choose_overlap("stages", Device())
