@@ -284,7 +284,7 @@ class ConditionBuilder:
         self._state = None
 
     def reference(self, latents: np.ndarray) -> tuple[list[Buffer], list[Buffer]]:
-        """Reference latents [1,16,1,h,w] -> per set condition tokens [1,1,T,D] and modulation [1,1,6,D] of slot 0."""
+        """Reference latents [1,C,1,h,w] -> per set condition tokens [1,1,T,D] and modulation [1,1,6,D] of slot 0."""
         self._reference = latents.copy()  # the caller's memory is the encoder's, which holds the poses next
         for bound in self._bound.values():
             bound.embedder.set_reference(self._reference)

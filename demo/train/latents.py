@@ -4,8 +4,8 @@ One .npz per shard. N latent frames, T frames, h x w latent cells:
 
 | array | shape |
 |---|---|
-| latents, twin_latents, pose | [n, 16, N, h, w] of the pictures, of their twins and of the normal maps, normalised |
-| reference | [n, 16, 1, h, w] of the portrait |
+| latents, twin_latents, pose | [n, C, N, h, w] of the pictures, of their twins and of the normal maps, normalised |
+| reference | [n, C, 1, h, w] of the portrait |
 | rays | [n, 24, N, h, w] |
 | coefficients, twin_coefficients | [n, 4N, 52] by groups of four frames |
 | weights | [n, N, h, w]: 0 behind the head, 1 on it, 2 at eyes and mouth |
@@ -80,7 +80,7 @@ def latent_statistics(vae: PatchVAE, store: ClipStore, device: torch.device, cli
 
 @torch.no_grad()
 def encode(vae: PatchVAE, pictures: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [n, T, H, W, 3] -> latents [n, 16, N, h, w]; on a CPU clip by clip, which is no slower and takes less memory."""
+    """uint8 [n, T, H, W, 3] -> latents [n, C, N, h, w]; on a CPU clip by clip, which is no slower and takes less memory."""
     parts = []
     together = 1 if device.type == "cpu" else len(pictures)
     for start in range(0, len(pictures), together):
