@@ -80,7 +80,10 @@ def add_quality(commands) -> None:
         help="what drives it: pictures through the expression encoder (default), or their true ARKit coefficients",
     )  # fmt: skip
     command.add_argument("--window", type=int, help="latent frames that a chunk of a stream sees (default: the checkpoint's)")
-    command.add_argument("--self-only", action="store_true", help="people driven by themselves alone: enough for fp-bench pareto")
+    command.add_argument(
+        "--self-only", action="store_true",
+        help="people driven by themselves alone, expression and pose not read: enough for fp-bench pareto",
+    )  # fmt: skip
     command.add_argument("--guidance", default="1", help="these four as for fp-run")
     command.add_argument("--guidance-steps", type=int, metavar="N")
     command.add_argument("--commit", default="clean", metavar="KIND")
@@ -88,7 +91,6 @@ def add_quality(commands) -> None:
     command.add_argument("--stream", type=int, default=0, metavar="N", help="also one stream of N frames, for drift and seams")
     command.add_argument("--seed", type=int, default=0, help="of people, motions and noise")
     command.add_argument("--data", type=Path, help="shards of the test split, instead of rendering people now")
-    command.add_argument("--probe", type=Path, help="reader of expression and pose (default: the shipped one, if there is one)")
     command.add_argument("--threads", type=int, help="of one operator (default: every core)")
     command.add_argument(
         "--quick", action="store_true", help=f"{QUICK_IDENTITIES} people, {QUICK_FRAMES} frames unless said otherwise"
@@ -126,9 +128,8 @@ def quality(options: argparse.Namespace) -> int:
             action="leave --stream out",
         )  # fmt: skip
     measure.World()
-    probe, reason = open_probe(options, bundle)
     opened = open_bundle(options.bundle, threads=settings.threads)
-    report, sheets = measure.measure(opened, settings, probe, reason, say)
+    report, sheets = measure.measure(opened, settings, say)
     written = write_report(options.output, report, sheets)
     missed = print_verdicts(report)
     print("fp-bench: " + ", ".join(map(str, written)))
@@ -208,17 +209,6 @@ def check_output(folder: Path) -> None:
         )  # fmt: skip
 
 
-def open_probe(options: argparse.Namespace, bundle):
-    """The probe and "", or None and why there is none. A probe that was named must be there."""
-    from factorportrait.benchmarks.quality.probe import DEFAULT_PATH, Probe
-
-    if bundle.config.height != bundle.config.width:
-        return None, "the probe reads square pictures only"
-    if options.probe is None and not DEFAULT_PATH.is_file():
-        return None, "no probe is shipped with this copy (python -m factorportrait.benchmarks.quality.probe train makes one)"
-    return Probe(options.probe or DEFAULT_PATH, options.threads), ""
-
-
 def say(line: str) -> None:
     print(f"fp-bench: {line}", file=sys.stderr, flush=True)
 
@@ -227,11 +217,12 @@ def print_verdicts(report) -> int:
     """Targets with their figures on stdout; the number of missed ones."""
     from factorportrait.benchmarks.quality.report import mean_of, verdicts
 
-    for reason in (report.rulers["probe_missing"], report.rulers["lpips_missing"]):
+    rulers = report.rulers
+    for what, reason in (("expression and pose", rulers["reader_missing"]), ("LPIPS", rulers["lpips_missing"])):
         if reason:
-            print(f"fp-bench: not measured: {reason}")
-    if report.rulers["probe_doubt"]:
-        print(f"fp-bench: do not trust expression and pose figures: {report.rulers['probe_doubt']}")
+            print(f"fp-bench: not measured: {what}: {reason}")
+    if rulers["reader_doubt"]:
+        print(f"fp-bench: do not trust expression and pose figures: {rulers['reader_doubt']}")
     found = verdicts(report)
     for target in found:
         sign = ">=" if target["compare"] == "at_least" else "<="

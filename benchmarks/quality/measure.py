@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from factorportrait.benchmarks.quality.cases import (
     regions,
     render,
 )
-from factorportrait.benchmarks.quality.probe import Probe, Reading
+from factorportrait.benchmarks.quality.fit import Fit, Reading
 from factorportrait.benchmarks.quality.report import SCHEMA, Report
 from factorportrait.runtime.session import OpenBundle
 
 REGION_EVERY = 4  # frames in which the colours of iris, hair, skin and lips are measured
+READ_EVERY = 9  # frames in which expression, pose and camera are read
 MAX_DISENTANGLEMENT_CASES = 8
 SHEET_CLIPS = 8
 STREAM_PERIOD = 100  # frames after which the driving of a stream repeats, so that every hundred shows the same
@@ -57,7 +58,7 @@ class Settings:
     """What a run measures; see `fp-bench quality --help`.
 
     approximations: fields of `factorportrait.runtime.session.SessionOptions` that change the pictures, for all that is generated.
-    self_only: every person driven by itself and nothing else, which is what `fp-bench pareto` reads.
+    self_only: every person driven by itself, nothing else and no reading of expression and pose: what `fp-bench pareto` needs.
     expression: what drives it, of `EXPRESSIONS`; "arkit" are the coefficients that the pictures were rendered with.
     """
 
@@ -95,8 +96,8 @@ def load_thresholds(path: Path | None = None) -> dict[str, float]:
 class Bench:
     """One bundle, one world, one set of rulers."""
 
-    def __init__(self, opened: OpenBundle, world: World, settings: Settings, probe: Probe | None, lpips: metrics.Lpips):
-        self.opened, self.world, self.settings, self.probe, self.lpips = opened, world, settings, probe, lpips
+    def __init__(self, opened: OpenBundle, world: World, settings: Settings, lpips: metrics.Lpips):
+        self.opened, self.world, self.settings, self.lpips = opened, world, settings, lpips
         self.config = opened.config
         self.autoencoder = Autoencoder(opened)
         self.thresholds = load_thresholds()
@@ -119,8 +120,12 @@ class Bench:
             seed=1000 * self.settings.seed + index,
         )  # fmt: skip
 
-    def read(self, pictures: np.ndarray) -> Reading | None:
-        return self.probe(pictures) if self.probe else None
+    def fit(self, clip: Clip, motion: Motion) -> Fit | None:
+        """The reader of pictures of the clip's person in a motion; None where nothing is read."""
+        if self.settings.self_only:
+            return None
+        moments = motion.select(slice(None, None, READ_EVERY))
+        return Fit(self.world, clip.identity, clip.scene, clip.size, moments, also=clip.portrait_motion)
 
     def figures(self, pictures: np.ndarray, truth: Truth) -> dict[str, float | None]:
         """Every figure of a clip that was made one way; None where it cannot be measured."""
@@ -136,7 +141,8 @@ class Bench:
         errors = metrics.colour_errors(colours, truth.colours)
         out |= {f"{name}_colour_error": errors.get(name) for name in ("iris", "hair", "skin", "lips")}
         out["identity_error"] = float(np.mean(list(errors.values()))) if errors else None
-        return out | reading_errors(self.read(pictures), truth.reading, truth.motion)
+        reading = truth.read(pictures)
+        return out | reading_errors(reading, truth.reading, truth.motion.select(slice(None, None, READ_EVERY)))
 
     def truth(self, clip: Clip, motion: Motion, frames: np.ndarray, normals: np.ndarray) -> Truth:
         """Everything that is known about a true render; the neutral render and the regions are made here."""
@@ -144,13 +150,14 @@ class Bench:
         masks = regions(
             self.world, clip, motion.select(slice(None, None, REGION_EVERY)), self.thresholds["region_change"]
         )
+        fit = self.fit(clip, motion)
         return Truth(
             motion, frames, normals, neutral,
             metrics.changed_mask(frames, neutral, self.thresholds["expression_change"]),
             metrics.interior(normals, int(self.thresholds["sharpness_border"])),
             masks,
             metrics.region_colours(frames[::REGION_EVERY], masks, self.thresholds["region_pixels"]),
-            self.read(frames),
+            fit, fit(frames[::READ_EVERY]) if fit else None,
         )  # fmt: skip
 
     def self_reenactment(self, clip: Clip, index: int, sheets: Sheets) -> dict[str, Any]:
@@ -212,9 +219,14 @@ class Bench:
             "camera": (base, base, base.motion.mixed(camera=other.motion)),
             "identity": (other, base, base.motion),
         }
+        about_base = self.fit(self._lit(base, base), base.motion)
         readings: dict[str | None, tuple[Traits, Traits]] = {}
         for factor, (person, driver, motion) in variants.items():
-            readings[factor] = self._traits(base, person, driver, motion, index)
+            # A picture in which nothing has changed must be read as such: so one starts from the base's moments too.
+            starts = [] if person is not base else [about_base]
+            if factor not in (None, "expression"):
+                starts.append(self.fit(self._lit(person, base), motion))
+            readings[factor] = self._traits(base, person, driver, motion, index, starts)
         return {
             "person": base.name,
             "other": other.name,
@@ -228,21 +240,27 @@ class Bench:
             },
         }
 
-    def _traits(self, base: Clip, person: Clip, driver: Clip, motion: Motion, index: int) -> tuple[Traits, Traits]:
+    def _lit(self, person: Clip, base: Clip) -> Clip:
+        """The person in the base clip's light, with the portrait that is taken there."""
+        portrait, _ = render(self.world, person.identity, base.scene, person.portrait_motion, person.size)
+        return replace(person, scene=base.scene, portrait=portrait[0])
+
+    def _traits(
+        self, base: Clip, person: Clip, driver: Clip, motion: Motion, index: int, starts: list[Fit | None]
+    ) -> tuple[Traits, Traits]:  # fmt: skip
         """What is read from the generated and from the true pictures of a combination, in the base clip's light."""
-        still = person.portrait_motion
-        portrait, _ = render(self.world, person.identity, base.scene, still, person.size)
+        lit = self._lit(person, base)
         frames, normals = render(self.world, person.identity, base.scene, motion, person.size)
-        lit = Clip(
-            person.name, person.mode, person.identity, base.scene, portrait[0], still, motion, frames, normals
-        )  # fmt: skip
         masks = regions(
             self.world, lit, motion.select(slice(None, None, REGION_EVERY)), self.thresholds["region_change"]
         )
-        generated = self.generate(portrait[0], driver.frames, normals, motion, index)
+        generated = self.generate(lit.portrait, driver.frames, normals, motion, index)
         few = self.thresholds["region_pixels"]
         return tuple(
-            Traits(self.read(pictures), metrics.region_colours(pictures[::REGION_EVERY], masks, few))
+            Traits(
+                Reading.best([fit(pictures[::READ_EVERY]) for fit in starts]) if all(starts) else None,
+                metrics.region_colours(pictures[::REGION_EVERY], masks, few),
+            )
             for pictures in (generated, frames)
         )
 
@@ -255,6 +273,7 @@ class Bench:
         truth_row: dict[str, np.ndarray] = {"portrait": person.portrait}
         made_row: dict[str, np.ndarray] = {"portrait": person.portrait}
         figures = {}
+        fit = self.fit(person, own.select(slice(-1, None)))
         for action, amounts in ACTIONS.items():
             target = np.zeros(len(ARKIT_NAMES))
             for name, amount in amounts.items():
@@ -267,9 +286,11 @@ class Bench:
             neutral, _ = render(self.world, person.identity, person.scene, motion.neutral(), person.size)
             generated = self.generate(person.portrait, driving, normals, motion, index)
             changed = metrics.changed_mask(frames, neutral, self.thresholds["expression_change"])
+            shown_at_last = [fit(pictures[-1:]) for pictures in (generated, frames)]
             figures[action] = {
                 "psnr_expression": metrics.psnr(generated, frames, changed),
                 "neutral_psnr_expression": metrics.psnr(neutral, frames, changed),
+                "followed": followed(*shown_at_last),
             }
             truth_row[action], made_row[action] = frames[-1], generated[-1]
         sheets.action_rows += [(f"{person.name}, truth", truth_row), (f"{person.name}, generated", made_row)]
@@ -306,7 +327,7 @@ class Truth:
         frames, normals, neutral: uint8 [T, H, W, 3]; neutral is the render without expression.
         changed: [T, H, W] of pixels that expression changes; inside: of pixels inside the head.
         regions, colours: of every REGION_EVERY-th frame.
-        reading: of the probe.
+        fit, reading: of every READ_EVERY-th frame: the reader, and what it reads from the truth; None where nothing is read.
     """
 
     motion: Motion
@@ -317,7 +338,12 @@ class Truth:
     inside: np.ndarray
     regions: dict[str, np.ndarray]
     colours: dict[str, np.ndarray]
+    fit: Fit | None
     reading: Reading | None
+
+    def read(self, pictures: np.ndarray) -> Reading | None:
+        """Of pictures [T, H, W, 3] of the same moments."""
+        return self.fit(pictures[::READ_EVERY]) if self.fit else None
 
     @property
     def moment(self) -> int:
@@ -333,32 +359,56 @@ class Traits:
     colours: dict[str, np.ndarray]
 
 
-def probe_doubt(notes: dict[str, Any], least: float) -> str:
-    """Why the probe's figures say little; empty when they can be trusted."""
-    explained = notes.get("val_explained")
-    if explained is None:
-        return "the probe was not validated (train it with --validate)"
-    if explained < least:
-        return f"the probe explains {100 * explained:.0f} % of the variance of expressions, {100 * least:.0f} % are needed"
-    return ""
+def reader_notes(results: list[dict[str, Any]]) -> dict[str, float] | None:
+    """How well the reader reads the true renders of this run, from a neutral start; None without readings.
+
+    explained: share of the squared known coefficients; the others are mean errors.
+    """
+    rows = [case["methods"]["truth"] for case in results]
+    if not rows or rows[0]["expression_error_known"] is None:
+        return None
+    names = ("expression_explained", "expression_error_known", "pose_error_known_deg")
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
+
+
+def reader_doubt(notes: dict[str, float] | None, least: float) -> str:
+    """Why the reader's figures say little; empty when they can be trusted."""
+    if notes is None or notes["expression_explained"] >= least:
+        return ""
+    found = 100 * notes["expression_explained"]
+    return f"the reader explains {found:.0f} % of the true renders' expressions, {100 * least:.0f} % are needed"
+
+
+def followed(found: Reading | None, truth: Reading | None) -> float | None:
+    """How much of the truth's expression is read from a picture: the slope of its coefficients over the truth's (0: none of
+    it, 1: all of it); None where the truth has none."""
+    if found is None or truth is None:
+        return None
+    size = float(np.square(truth.coefficients).sum())
+    return float((found.coefficients * truth.coefficients).sum()) / size if size > 1e-6 else None
 
 
 def reading_errors(found: Reading | None, truth: Reading | None, known: Motion) -> dict[str, float | None]:
-    """Expression (mean |coefficient|) and pose errors (degrees), against the probe's reading of the truth, and against
-    what is known.
+    """Expression (mean |coefficient|) and pose errors (degrees), against the reading of the truth, and against what is known.
 
-    The first cancels what the probe itself gets wrong, the second is absolute and has the probe's own error as its floor.
+    The first cancels what the reader itself gets wrong, the second is absolute and has the reader's own error as its floor.
     """
-    names = ("expression_error", "pose_error_deg", "expression_error_known", "pose_error_known_deg")
+    names = (
+        "expression_error", "pose_error_deg", "expression_followed", "expression_error_known", "pose_error_known_deg",
+        "expression_explained",
+    )  # fmt: skip
     if found is None or truth is None:
         return dict.fromkeys(names)
+    missed = np.square(found.coefficients - known.coefficients).sum()
     values = (
         np.abs(found.coefficients - truth.coefficients).mean(),
         metrics.angles_deg(found.seen, truth.seen).mean(),
+        followed(found, truth),
         np.abs(found.coefficients - known.coefficients).mean(),
         metrics.angles_deg(found.seen, known.seen_rotation).mean(),
+        1 - missed / max(np.square(known.coefficients).sum(), 1e-6),
     )
-    return dict(zip(names, map(float, values), strict=True))
+    return {name: None if value is None else float(value) for name, value in zip(names, values, strict=True)}
 
 
 def trait_changes(a: Traits, b: Traits) -> dict[str, float | None]:
@@ -375,14 +425,12 @@ def trait_changes(a: Traits, b: Traits) -> dict[str, float | None]:
     }
 
 
-def measure(
-    opened: OpenBundle, settings: Settings, probe: Probe | None, probe_reason: str, say: Callable[[str], None]
-) -> tuple[Report, Sheets]:
+def measure(opened: OpenBundle, settings: Settings, say: Callable[[str], None]) -> tuple[Report, Sheets]:
     """Run everything. `say` gets one line per case."""
     began = time.perf_counter()
     lpips = metrics.Lpips.load()
     world = World()
-    bench, sheets = Bench(opened, world, settings, probe, lpips), Sheets()
+    bench, sheets = Bench(opened, world, settings, lpips), Sheets()
     clips: list[Clip] = []
     results: list[dict[str, Any]] = []
     wanted = open_clips(
@@ -413,9 +461,9 @@ def measure(
         },
         thresholds=bench.thresholds,
         rulers={
-            "probe": probe.notes if probe else None,
-            "probe_missing": probe_reason,
-            "probe_doubt": probe_doubt(probe.notes, bench.thresholds["probe_explained"]) if probe else "",
+            "reader": (notes := reader_notes(results)),
+            "reader_missing": "" if notes else "they are not read with --self-only",
+            "reader_doubt": reader_doubt(notes, bench.thresholds["reader_explained"]),
             "lpips_missing": lpips.reason,
         },
         clips=results,

@@ -19,7 +19,7 @@ from factorportrait.benchmarks.page import html_document, html_table, number
 from factorportrait.errors import UserError
 from factorportrait.files import whole_file
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "factorportrait quality"
 FACTORS = ("expression", "pose", "camera", "identity")
 FILES = ("quality.json", "quality.html", "contact_sheet.png", "cross_sheet.png", "action_sheet.png")
@@ -31,18 +31,24 @@ METRICS = {  # name -> (heading, unit, digits, what it is)
     "sharpness": ("Sharpness", "of truth", 3, "high-frequency energy inside the head; 1 is as sharp as the truth"),
     "flicker": ("Flicker", "of truth", 3, "mean |second difference in time|; 1 is as much as the truth moves"),
     "expression_error": (
-        "Expression error", "coefficient", 4, "mean |difference| of the probe's readings of the picture and of the truth",
+        "Expression error", "coefficient", 4, "mean |difference| of the coefficients read from the picture and from the truth",
+    ),
+    "expression_followed": (
+        "Expression followed", "of truth", 3, "slope of the coefficients read from the picture over those read from the truth",
     ),
     "pose_error_deg": (
-        "Pose error", "degrees", 2, "angle between the probe's readings of the head in the camera, picture and truth",
+        "Pose error", "degrees", 2, "angle between the head in the camera as read from the picture and from the truth",
     ),
     "expression_error_known": (
         "Expression error, known", "coefficient", 4,
-        "probe's reading against the known coefficients; the truth's row is the probe's own error",
+        "reading of the picture against the known coefficients; the truth's row is the reader's own error",
     ),
     "pose_error_known_deg": (
         "Pose error, known", "degrees", 2,
-        "probe's reading against the known rotation; the truth's row is the probe's own error",
+        "reading of the picture against the known rotation; the truth's row is the reader's own error",
+    ),
+    "expression_explained": (
+        "Expression explained", "of known", 3, "share of the squared known coefficients that the reading explains",
     ),
     "identity_error": (
         "Identity colours", "levels of 255", 2,
@@ -54,7 +60,8 @@ METRICS = {  # name -> (heading, unit, digits, what it is)
     "lips_colour_error": ("Lips", "levels of 255", 2, "mean colour of the lips"),
 }  # fmt: skip
 MAIN_METRICS = (
-    "psnr", "psnr_expression", "ssim", "lpips", "sharpness", "flicker", "expression_error", "pose_error_deg", "identity_error",
+    "psnr", "psnr_expression", "ssim", "lpips", "sharpness", "flicker", "expression_error", "expression_followed", "pose_error_deg",
+    "identity_error",
 )  # fmt: skip
 METHODS = {
     "zeroed": "expression zeroed",
@@ -74,7 +81,7 @@ class Report:
         clips: self-reenactment, per clip: person, mode, changed_share, methods -> metric -> figure or None.
         cross: the same for mixed factors; disentanglement: per case generated/truth -> changed factor -> read factor -> change.
         actions: per person: action -> figures; stream: of one long stream, or None.
-        rulers: how the probe was trained, why it is missing or in doubt, and why LPIPS is missing.
+        rulers: how well expression and pose are read from true renders, why that is missing or in doubt, why LPIPS is missing.
     """
 
     schema: int
@@ -140,7 +147,7 @@ def table(cases: list[dict[str, Any]]) -> dict[str, dict[str, dict | None]]:
     if not cases:
         return {}
     return {
-        method: {metric: statistics(case["methods"][method][metric] for case in cases) for metric in METRICS}
+        method: {metric: statistics(case["methods"][method].get(metric) for case in cases) for metric in METRICS}
         for method in cases[0]["methods"]
     }
 
@@ -149,7 +156,7 @@ def mean_of(report: Report, method: str, metric: str) -> float | None:
     """Mean over the self-reenactment clips."""
     if not report.clips or method not in report.clips[0]["methods"]:
         return None
-    found = statistics(clip["methods"][method][metric] for clip in report.clips)
+    found = statistics(clip["methods"][method].get(metric) for clip in report.clips)
     return found["mean"] if found else None
 
 
@@ -333,7 +340,7 @@ def targets_table(report: Report) -> str:
 
 def matrix_section(summary: dict[str, Any]) -> str:
     if summary["disentanglement"]["generated"] is None:
-        return '<p class="note">Not measured: it needs the probe and at least two people.</p>'
+        return '<p class="note">Not measured: it needs at least two people.</p>'
     parts = []
     for kind, title in (("generated", "Generated pictures"), ("truth", "True renders (what the rulers themselves mix up)")):
         found = summary["disentanglement"][kind]
@@ -375,11 +382,12 @@ def actions_table(report: Report) -> str:
         return '<p class="note">Not measured: it needs at least two people.</p>'
     rows = [
         ("", [escape(f"{case['person']}: {action}"), number(figures["psnr_expression"], 2),
-              number(figures["neutral_psnr_expression"], 2)])
+              number(figures["neutral_psnr_expression"], 2), number(figures["followed"], 2)])
         for case in report.actions
         for action, figures in case["actions"].items()
     ]  # fmt: skip
-    return html_table(["Action", "PSNR inside the changed pixels, dB", "of the true render with a neutral face, dB"], rows)
+    heads = ["Action", "PSNR inside the changed pixels, dB", "of the true render with a neutral face, dB", "followed, of truth"]
+    return html_table(heads, rows)
 
 
 def clips_table(report: Report) -> str:
@@ -396,12 +404,12 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
     """One page that works offline: style and pictures are inside. sheets: title -> PNG."""
     summary, settings, rulers = summarise(report), report.settings, report.rulers
     bundle = report.bundle
-    probe = f"Expression and pose errors: not measured, {escape(rulers['probe_missing'])}."
-    if rulers["probe"]:
-        notes = ", ".join(f"{name} {value}" for name, value in rulers["probe"].items())
-        probe = f"Expression and pose are read by an independent probe ({escape(notes)})."
-    if rulers["probe_doubt"]:
-        probe += f' <b class="missed">Do not trust its figures: {escape(rulers["probe_doubt"])}.</b>'
+    reader = f"Expression and pose errors: not measured, {escape(rulers['reader_missing'])}."
+    if rulers["reader"]:
+        notes = ", ".join(f"{name} {value}" for name, value in rulers["reader"].items())
+        reader = f"Expression and pose are read by fitting the true renderer to the pictures (true renders: {escape(notes)})."
+    if rulers["reader_doubt"]:
+        reader += f' <b class="missed">Do not trust these figures: {escape(rulers["reader_doubt"])}.</b>'
     lpips = f"LPIPS: not measured, {escape(rulers['lpips_missing'])}." if rulers["lpips_missing"] else ""
     lead = (
         f"{settings['identities']} test identities, {settings['frames']} frames each at {bundle['width']}×{bundle['height']}, "
@@ -422,7 +430,7 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
     terms = "".join(f"<li><b>{escape(m[0])}</b>: {escape(m[3])}.</li>" for m in METRICS.values())
     cross = methods_table(summary["cross"], report.primary, METRICS) if report.cross else "<p>Needs two people.</p>"
     body = f"""<h1>Quality of {escape(bundle["name"])}, {escape(bundle["precision"])}</h1>
-<p>{lead}</p><p class="note">{probe} {lpips}</p>
+<p>{lead}</p><p class="note">{reader} {lpips}</p>
 <h2>Targets</h2>{targets_table(report)}
 {images}
 <h2>Self-reenactment, all modes</h2>{methods_table(summary["self"], report.primary, MAIN_METRICS)}

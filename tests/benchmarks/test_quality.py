@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from factorportrait.benchmarks import cli
-from factorportrait.benchmarks.quality import metrics, probe, report
-from factorportrait.benchmarks.quality.measure import Sheets, load_thresholds, probe_doubt
+from factorportrait.benchmarks.quality import metrics, report
+from factorportrait.benchmarks.quality.measure import Sheets, load_thresholds, reader_doubt
 from factorportrait.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,17 +121,10 @@ def test_seam_ratio():
     assert metrics.seam_ratio(truth, truth, 2)["against_all"] is None
 
 
-def test_a_bad_probe_is_doubted():
-    least = load_thresholds()["probe_explained"]
-    assert "not validated" in probe_doubt({}, least)
-    assert "explains 10 %" in probe_doubt({"val_explained": 0.1}, least)
-    assert probe_doubt({"val_explained": 0.9}, least) == ""
-
-
-def test_rotation_columns_round_trip():
-    q = np.linalg.qr(np.random.default_rng(1).normal(size=(5, 3, 3)))[0]
-    q *= np.linalg.det(q)[:, None, None]
-    assert np.allclose(probe.rotation_from_columns(3 * probe.columns_from_rotation(q)), q)
+def test_a_bad_reader_is_doubted():
+    least = load_thresholds()["reader_explained"]
+    assert "explains 10 %" in reader_doubt({"expression_explained": 0.1}, least)
+    assert reader_doubt({"expression_explained": 0.9}, least) == reader_doubt(None, least) == ""
 
 
 # Report
@@ -161,7 +154,7 @@ def make_report(**changes) -> report.Report:
         "settings": {"identities": 2, "frames": 13, "steps": [4, 50], "primary_steps": 4, "modes": ["all"], "seed": 0,
                      "generation": "stream", "expression": "pictures"},
         "thresholds": load_thresholds(),
-        "rulers": {"probe": None, "probe_missing": "none <here>", "probe_doubt": "", "lpips_missing": "no package"},
+        "rulers": {"reader": None, "reader_missing": "none <here>", "reader_doubt": "", "lpips_missing": "no package"},
         "clips": [{"person": f"test-{i}", "mode": "all", "changed_share": 0.1, "methods": methods} for i in range(2)],
         "cross": [], "actions": [], "stream": None, "seconds": 1.0,
         "disentanglement": [{"person": "a", "other": "b", "generated": generated, "truth": truth}],
@@ -287,14 +280,6 @@ def test_folder_with_other_things_is_left_alone(tmp_path, capsys):
     assert "an earlier report" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
-def test_named_probe_must_be_a_probe(tiny_bundle, tmp_path, capsys):
-    pytest.importorskip("warp")
-    (tmp_path / "probe.onnx").write_bytes(b"nothing")
-    for name, words in (("none.onnx", "expected a file"), ("probe.onnx", "probe training wrote")):
-        code = cli.main(["quality", str(tiny_bundle), "--output", str(tmp_path / "out"), "--probe", str(tmp_path / name)])
-        assert code == 2 and words in capsys.readouterr().err
-
-
 def test_shards_of_training_people_are_refused(tiny_bundle, tmp_path, capsys):
     pytest.importorskip("warp")
     (tmp_path / "dataset.json").write_text(json.dumps({"split": "train", "size": 32, "frames": 29}))
@@ -303,18 +288,13 @@ def test_shards_of_training_people_are_refused(tiny_bundle, tmp_path, capsys):
 
 
 def test_quick_run(tiny_bundle, tmp_path, capsys):
-    """Everything once, with a probe of random weights; random pictures miss the targets, and --enforce says so."""
+    """Everything once; random pictures miss the targets, and --enforce says so."""
     pytest.importorskip("warp")
     pytest.importorskip("skimage")
-    import torch
-
-    torch.manual_seed(0)
-    probe.export(probe.build_network().eval(), tmp_path / "probe.onnx", {"steps": 0})
-    assert (tmp_path / "probe.onnx").stat().st_size <= probe.MAX_BYTES
     out = tmp_path / "out"
     command = ["quality", str(tiny_bundle), "--quick", "--frames", "6", "--steps", "2,1", "--threads", "1", "--enforce"]
     command += ["--stream", "200"]
-    code = cli.main([*command, "--output", str(out), "--probe", str(tmp_path / "probe.onnx")])
+    code = cli.main([*command, "--output", str(out)])
     printed, complaint = capsys.readouterr()
     assert code == cli.EXIT_MISSED, complaint
     assert sorted(path.name for path in out.iterdir()) == sorted(report.FILES)
@@ -328,7 +308,13 @@ def test_quick_run(tiny_bundle, tmp_path, capsys):
         assert found["truth"]["sharpness"] == pytest.approx(1) and found["truth"]["ssim"] == pytest.approx(1)
         assert found["neutral"]["psnr"] > found["steps_2"]["psnr"]
         assert found["portrait_copied"]["flicker"] == 0 and found["steps_1"]["pose_error_deg"] > 0
-    assert "missed" in printed and "do not trust" in printed
+        assert found["truth"]["expression_error"] == found["truth"]["pose_error_deg"] == 0
+        assert found["truth"]["pose_error_known_deg"] < found["portrait_copied"]["pose_error_known_deg"]
+    assert set(made.rulers["reader"]) == {"expression_explained", "expression_error_known", "pose_error_known_deg"}
+    assert not made.rulers["reader_missing"]
+    assert all("followed" in figures for case in made.actions for figures in case["actions"].values())
+    assert report.matrix(made, "generated") and report.matrix(made, "truth")
+    assert "missed" in printed
 
 
 @pytest.mark.parametrize("expression", ["pictures", "arkit"])
@@ -353,25 +339,3 @@ def test_what_drives_the_expression(tiny_bundle, tmp_path, monkeypatch, expressi
         assert all(frame.image is not None and frame.coefficients is None for frame in shown)
     else:
         assert all(frame.image is None for frame in shown) and np.any([frame.coefficients for frame in shown[:6]])
-
-
-def test_fused_probe_equals_the_trained_one(tmp_path):
-    """Norms folded and weights in fp16: the file says what the network says."""
-    import torch
-
-    torch.manual_seed(0)
-    network = probe.build_network()
-    for _ in range(2):
-        network(torch.rand(4, 3, probe.SIDE, probe.SIDE) * 2 - 1)
-    for norm in (module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-        torch.nn.init.normal_(norm.bias)
-    network.eval()
-    probe.export(network, tmp_path / "probe.onnx", {"steps": 2})
-    picture = np.random.default_rng(0).integers(0, 256, (1, probe.SIDE, probe.SIDE, 3)).astype(np.uint8)
-    reading = probe.Probe(tmp_path / "probe.onnx", threads=1)
-    found = reading(picture)
-    with torch.no_grad():
-        expected = network(torch.from_numpy(picture).movedim(-1, 1).float() / 127.5 - 1)[0].numpy()
-    assert np.abs(found.coefficients[0] - expected[:52]).max() < 5e-3 * np.abs(expected).max()
-    assert reading.notes == {"steps": 2}
