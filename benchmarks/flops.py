@@ -278,4 +278,6 @@ def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coef
         works[f"step.{step}"] = scaled(dit, int((weights != 0).sum()))
     if not clip:
         works["commit"] = scaled(dit, guidance.num_sets)
+    # Where a chunk's steps and commit are one call, they are one stage.
+    works["steps"] = added(*(each for name, each in works.items() if name.startswith("step.") or name == "commit"))
     return works | {"decode": vae("decode")}

@@ -97,7 +97,7 @@ def without_latency(result: Result) -> str:
     if result.status == "ok":
         times: dict[str, float] = {}
         for stage in result.stages:
-            name = "denoising steps" if stage.name.startswith("step.") else stage.name
+            name = "denoising steps" if stage.name.startswith("step.") or stage.name == "steps" else stage.name
             times[name] = times.get(name, 0.0) + stage.per_chunk.p50
         times.pop(OTHER, None)
         return "no pictures; " + ", ".join(f"{name} {significant(ms)} ms" for name, ms in times.items()) + " per chunk"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -70,12 +70,15 @@ class Engine(Protocol):
         target: whose graphs of the bundle it runs: "cpu", "cuda" or "tensorrt".
         device: where its buffers lie, such as "cpu" or "cuda:0".
         in_place: a stage may write the memory that it reads, so `dit_inplace` works.
+        whole_chunks: all steps of a chunk are put on the device as one, with nothing for the host to do between them; else one
+            step after the other, each with its own time.
     """
 
     name: str
     target: str
     device: str
     in_place: bool
+    whole_chunks: bool
 
     def load(self, name: str) -> Runner:
         """Load a stage of the bundle, once."""
@@ -94,6 +97,54 @@ class Engine(Protocol):
 
     def copy(self, source: Buffer, target: Buffer) -> None:
         """Copy between device and host or within either; nothing where both are the same. A copy to the host waits for it."""
+
+    def weighted_sum(self, target: Buffer, terms: Sequence[tuple[Buffer, float]], spare: Buffer, first: int = 0) -> Call:
+        """Bind target = sum of weight * buffer, term after term in float32, so that all engines agree to the bit.
+
+        Args:
+            target, terms: float32 [B, C, F, ...], at least one term; only the first may be the target itself.
+            spare: memory of the same size, overwritten by engines that need it.
+            first: slots on the axis F that are left as they are.
+        """
+
+    def capture(self, run: Call) -> Call:
+        """What `run` puts on the device, as one call: recorded once where the device has graphs, else `run` itself.
+
+        `run` must do the same to the same memory every time; what changes has to lie in that memory.
+        """
+
+
+def host_sum(
+    target: np.ndarray, terms: Sequence[tuple[np.ndarray, float]], spare: np.ndarray, first: int = 0
+) -> Call:  # fmt: skip
+    """`Engine.weighted_sum` in NumPy; a call allocates nothing."""
+    target, spare = target[:, :, first:], spare[:, :, first:]
+    (start, scale), *others = [(source[:, :, first:], np.float32(weight)) for source, weight in terms]
+
+    def call() -> None:
+        np.multiply(start, scale, out=target)
+        for source, weight in others:
+            np.multiply(source, weight, out=spare)
+            np.add(target, spare, out=target)
+
+    return call
+
+
+def mirrored_sum(engine: Engine, target: Buffer, terms: Sequence[tuple[Buffer, float]], first: int = 0) -> Call:
+    """The same for a device that cannot add by itself: by way of the host."""
+    given = [(Mirrored(engine, source), weight) for source, weight in terms]
+    result = Mirrored(engine, target)
+    add = host_sum(result.array, [(each.array, weight) for each, weight in given], np.empty_like(result.array), first)
+
+    def call() -> None:
+        for each, _ in given:
+            each.fetch()
+        if first:
+            result.fetch()
+        add()
+        result.send()
+
+    return call
 
 
 class Mirrored:

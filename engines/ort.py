@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 
 from factorportrait.bundle import Bundle, StageSpec
-from factorportrait.engines.base import Arrays, Call, check_buffers
+from factorportrait.engines.base import Arrays, Call, check_buffers, host_sum
 from factorportrait.errors import BundleError
 from factorportrait.memory import available_memory
 
@@ -60,7 +60,7 @@ class OrtEngine:
         spin: see `session_options`.
     """
 
-    name, target, device, in_place = "onnxruntime-cpu", "cpu", "cpu", True
+    name, target, device, in_place, whole_chunks = "onnxruntime-cpu", "cpu", "cpu", True, False
 
     def __init__(self, bundle: Bundle, threads: int | None = None, eager: bool = False, spin: bool = True):
         self.bundle = bundle
@@ -91,6 +91,14 @@ class OrtEngine:
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         if source is not target:
             np.copyto(target, source, casting="no")
+
+    def weighted_sum(
+        self, target: np.ndarray, terms: Sequence[tuple[np.ndarray, float]], spare: np.ndarray, first: int = 0
+    ) -> Call:  # fmt: skip
+        return host_sum(target, terms, spare, first)
+
+    def capture(self, run: Call) -> Call:
+        return run
 
 
 def session_options(threads: int | None, spin: bool = True) -> onnxruntime.SessionOptions:

@@ -6,16 +6,17 @@ ONNX Runtime computes on the stream on which buffers are copied, so that nothing
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
 from factorportrait.bundle import Bundle, StageSpec
-from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers
+from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, mirrored_sum
 from factorportrait.engines.ort import open_session, session_options
 from factorportrait.engines.tensorrt.cuda import Device
+from factorportrait.engines.tensorrt.sums import SumKernel
 from factorportrait.errors import UserError
 
 PROVIDER = "CUDAExecutionProvider"
@@ -72,6 +73,9 @@ class OrtCudaEngine:
 
     def __init__(self, bundle: Bundle, *, graphs: bool = False):
         self.bundle, self.cuda = bundle, Device()
+        self._sums = SumKernel(self.cuda)
+        # Its own captured graphs follow each other on one stream; a graph around them it does not allow.
+        self.whole_chunks = graphs and not self._sums.reason
         self._graph_ids = itertools.count(1) if graphs else None
         self._runners: dict[str, OrtCudaRunner] = {}
 
@@ -106,3 +110,13 @@ class OrtCudaEngine:
         """See `factorportrait.engines.base.Engine`."""
         if source is not target:
             self.cuda.copy(source, target)
+
+    def weighted_sum(
+        self, target: DeviceArray, terms: Sequence[tuple[DeviceArray, float]], spare: DeviceArray, first: int = 0
+    ) -> Call:  # fmt: skip
+        """See `factorportrait.engines.base.Engine`."""
+        return mirrored_sum(self, target, terms, first) if self._sums.reason else self._sums.bind(target, terms, first)
+
+    def capture(self, run: Call) -> Call:
+        """See `factorportrait.engines.base.Engine`."""
+        return run

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,8 @@ class TorchEngine:
         self.device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
         self._check_device(torch)
         self.dtype = self._resolve_dtype(dtype)
-        self.graphs = self.device.startswith("cuda") and not eager
+        self.graphs = self.whole_chunks = self.device.startswith("cuda") and not eager
+        self.in_chunk = False  # calls are part of a chunk's graph and have none of their own
         if threads is not None:
             torch.set_num_threads(threads)
         self.torch = torch
@@ -117,6 +118,36 @@ class TorchEngine:
             )
         if source.device != target.device or source.data_ptr() != target.data_ptr():
             target.copy_(source)
+
+    def weighted_sum(
+        self, target: torch.Tensor, terms: Sequence[tuple[torch.Tensor, float]], spare: torch.Tensor, first: int = 0
+    ) -> Call:  # fmt: skip
+        """See `factorportrait.engines.base.Engine`."""
+        torch, target, spare = self.torch, target[:, :, first:], spare[:, :, first:]
+        (start, scale), *others = [(source[:, :, first:], weight) for source, weight in terms]
+
+        @torch.inference_mode()
+        def call() -> None:
+            torch.mul(start, scale, out=target)
+            for source, weight in others:
+                torch.mul(source, weight, out=spare)
+                torch.add(target, spare, out=target)
+
+        return call
+
+    def capture(self, run: Call) -> Call:
+        """See `factorportrait.engines.base.Engine`."""
+        if not self.graphs:
+            return run
+
+        def whole() -> None:
+            before, self.in_chunk = self.in_chunk, True
+            try:
+                run()
+            finally:
+                self.in_chunk = before
+
+        return _captured(whole, self.torch, self._pool)
 
     def _check_device(self, torch) -> None:
         try:
@@ -214,7 +245,11 @@ class TorchRunner:
                 if result.data_ptr() != output.data_ptr() or result.dtype != output.dtype:
                     output.copy_(result)
 
-        return _captured(run, torch, self._engine._pool) if self._engine.graphs else run
+        engine = self._engine
+        if not engine.graphs:
+            return run
+        captured = _captured(run, torch, engine._pool)
+        return lambda: run() if engine.in_chunk else captured()
 
 
 def _captured(run: Call, torch, pool) -> Call:

@@ -11,6 +11,8 @@ from factorportrait.engines.base import Arrays, Buffers, Call, Engine, Mirrored,
 class RecordingEngine:
     """Another engine, with `show(stage name, inputs)` before every run. The inputs are overwritten later: copy what is kept."""
 
+    whole_chunks = False  # a replayed graph would show nothing
+
     def __init__(self, engine: Engine, show: Callable[[str, Arrays], None]):
         self._engine, self._show = engine, show
 

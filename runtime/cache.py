@@ -126,22 +126,22 @@ class ConcatCache(_Cache):
 
     def commit(self, index: int, first_frame: int | None, num_frames: int) -> None:
         """Keep what the latest run gave. Frames that do not fit are left out; so are all of them in clip mode."""
-        for source, target, count in self._moves(first_frame, num_frames):
+        for source, target, count in self.moves(first_frame, num_frames):
             for name, memory in self._memory[index].items():
                 new = slots(self._engine, self._outputs(num_frames)[f"new_{name}"], source, source + count)
                 self._engine.copy(new, slots(self._engine, memory, target, target + count))
 
-    def _moves(self, first_frame: int | None, num_frames: int) -> list[tuple[int, int, int]]:
-        """Runs of slots (from, to, how many) that lie one behind the other in the chunk and in the memory."""
+    def moves(self, first_frame: int | None, num_frames: int) -> tuple[tuple[int, int, int], ...]:
+        """What `commit` copies: runs of slots (from, to, how many) that lie one behind the other in the chunk and in the memory."""
         if first_frame is None:
-            return [(0, 0, 1)]
+            return ((0, 0, 1),)
         moves, source = [], max(0, num_frames - self.ring)
         while self.ring > 0 and source < num_frames:
             entry = (first_frame + source) % self.ring
             count = min(num_frames - source, self.ring - entry)
             moves.append((source, self._sink + entry, count))
             source += count
-        return moves
+        return tuple(moves)
 
     def _outputs(self, num_frames: int) -> dict[str, Buffer]:
         # The sets share them: a set's run is committed before the next set's.
@@ -190,6 +190,10 @@ class InPlaceCache(_Cache):
             row = self._engine.view(memory, (1, 1, (self._capacity or used) * self._tokens, dim))
             inputs[f"cache_{name}"] = outputs[f"cache_{part}_out.{block}"] = row
         return inputs, outputs
+
+    def moves(self, first_frame: int | None, num_frames: int) -> tuple[()]:
+        """What `commit` copies: nothing, so one chunk is like every other."""
+        return ()
 
     def commit(self, index: int, first_frame: int | None, num_frames: int) -> None:
         """Nothing to do: the latest run left it in its place."""

@@ -62,20 +62,34 @@ class _Slots:
         outputs = [tensor for tensor in spec.outputs if tensor.name == "velocity"]
         inputs = [tensor for tensor in spec.inputs if tensor.name in ("noise_latents", "positions")]
         self.x, self.positions = (Mirrored(engine, buffer) for buffer in allocate(engine, inputs, sizes).values())
-        self.velocity = Mirrored(engine, allocate(engine, outputs, sizes)["velocity"])
+        self.velocity = allocate(engine, outputs, sizes)["velocity"]
         own = ("condition_tokens", "expression_modulation", "face_k", "face_v")
         conditions = [tensor for tensor in spec.inputs if tensor.name.split(".")[0] in own]
         self.conditions = [allocate(engine, conditions, sizes) for _ in range(denoiser.guidance.num_sets)]
-        # The clip's slot 0 holds no noise; x keeps it zero, and these are views of the others.
-        first = denoiser.rules.lead if denoiser.mode == "clip" else 0
-        self.frames, self.frames_velocity = self.x.array[:, :, first:], self.velocity.array[:, :, first:]
-        self.scratch = np.zeros(self.frames.shape, np.float32)
-        self.history = [np.zeros(self.frames.shape, np.float32) for _ in range(denoiser.schedule.outputs.shape[1])]
+        # The clip's slot 0 holds no noise; x keeps it zero, and `frames` is a view of the others.
+        self.first = first = denoiser.rules.lead if denoiser.mode == "clip" else 0
+        self.frames = self.x.array[:, :, first:]
+        schedule = denoiser.schedule
+
+        def like_x() -> Buffer:
+            return engine.zeros(self.x.buffer.shape, "float32")
+
+        self.spare, self.history = like_x(), [like_x() for _ in range(schedule.outputs.shape[1])]
+        self.noise = {step: Mirrored(engine, like_x()) for step in np.flatnonzero(schedule.noise).tolist()}
         timed = first if denoiser.rules.lead_is_clean else 0
         self.embed_time = [self._bind_time(denoiser, t, num_slots, timed) for t in (*denoiser.schedule.timesteps, 0.0)]
         for call, _ in self.embed_time:
             call()
         self.calls: dict[tuple[int, int, int], Call] = {}
+        self.sums: dict[object, Call] = {}
+        self.chunks: dict[object, Call] = {}
+        self._engine = engine
+
+    def sum(self, key: object, target: Buffer, terms: list[tuple[Buffer, float]]) -> None:
+        """target = weighted sum of the frames of the terms; bound under `key` when it is first asked for."""
+        if key not in self.sums:
+            self.sums[key] = self._engine.weighted_sum(target, terms, self.spare, self.first)
+        self.sums[key]()
 
     @staticmethod
     def _bind_time(denoiser: Denoiser, timestep: float, num_slots: int, first: int) -> tuple[Call, dict[str, Buffer]]:
@@ -160,8 +174,8 @@ class Denoiser:
 
     def _commit_reference(self, slots: _Slots, tokens: list[Buffer], modulation: list[Buffer]) -> None:
         slots.x.array[...] = 0
-        chunk = ChunkConditions(None, tokens, modulation)
-        self._commit(slots, chunk, self._place(slots, chunk))
+        slots.x.send()
+        self._commit(slots, None, self._place(slots, ChunkConditions(None, tokens, modulation)))
 
     def generate(self, chunk: ChunkConditions) -> np.ndarray:
         """Clean latents [1, C, N, h, w] of the chunk's frames; the array is reused by the next chunk of this size."""
@@ -175,24 +189,51 @@ class Denoiser:
         used = self._place(slots, chunk)
         if chunk.given is not None:
             slots.frames[...] = chunk.given
-            self._commit(slots, chunk, used)
+            slots.x.send()
+            self._commit(slots, chunk.first_frame, used)
             return slots.frames
-        self.noise.draw(chunk.first_frame, slots.frames.shape[2], 0, slots.frames)
+        self._draw(slots, chunk.first_frame)
+        if self.engine.whole_chunks and not chunk.again and "time" in self._hoist:
+            with self.timings("steps"):
+                self._whole_chunk(slots, chunk, used)
+                slots.x.fetch()
+            return slots.frames
         for step in range(self.schedule.num_steps):
             with self.timings("step", step):
                 if self._evaluated[step]:
                     self._repeat(slots, chunk, step)
-                    self._predict(slots, step, used, chunk.first_frame)
-                else:
-                    now, before = (slots.history[each % len(slots.history)] for each in (step, step - 1))
-                    if now is not before:
-                        np.copyto(now, before)
-                self._step(slots, step, chunk.first_frame)
+                self._step(slots, step, used, chunk.first_frame)
         if self.mode == "stream" and self._clean_commit:
             with self.timings("commit"):
                 self._repeat(slots, chunk, self.schedule.num_steps)
-                self._commit(slots, chunk, used)
+                self._commit(slots, chunk.first_frame, used)
+        slots.x.fetch()
         return slots.frames
+
+    def _draw(self, slots: _Slots, first_frame: int) -> None:
+        """The noise that the chunk starts from, and what its steps add, to the device."""
+        first, num_frames = slots.first, slots.frames.shape[2]
+        for step, target in ((0, slots.x), *((step + 1, each) for step, each in slots.noise.items())):
+            self.noise.draw(first_frame, num_frames, step, target.array[:, :, first:])
+            target.send()
+
+    def _whole_chunk(self, slots: _Slots, chunk: ChunkConditions, used: int) -> None:
+        """Every step and the commit as one call, recorded where the device has graphs.
+
+        Positions, places in the ring and conditions lie in memory; what is left to tell chunks apart is the key.
+        """
+        first_frame, num_slots = chunk.first_frame, len(slots.positions.array)
+        key = used, self.cache.moves(first_frame, num_slots)
+        if key not in slots.chunks:
+
+            def run() -> None:
+                for step in range(self.schedule.num_steps):
+                    self._step(slots, step, used, first_frame)
+                if self.mode == "stream" and self._clean_commit:
+                    self._commit(slots, first_frame, used)
+
+            slots.chunks[key] = self.engine.capture(run)
+        slots.chunks[key]()
 
     def _slots_of(self, num_slots: int) -> _Slots:
         if num_slots not in self._slots:
@@ -221,12 +262,28 @@ class Denoiser:
         slots.positions.send()
         return self.cache.place(first, num_slots)
 
+    def _step(self, slots: _Slots, step: int, used: int, first_frame: int) -> None:
+        """One step of the schedule: the guided velocity, or that of the step before, and x with the newest velocities."""
+        history, schedule = slots.history, self.schedule
+        if self._evaluated[step]:
+            self._predict(slots, step, used, first_frame)
+        else:
+            now, before = (history[each % len(history)] for each in (step, step - 1))
+            if now is not before:
+                slots.sum(("kept", step), now, [(before, 1.0)])
+        terms = [(slots.x.buffer, schedule.sample[step])]
+        for age, coefficient in enumerate(schedule.outputs[step][: step + 1]):
+            if coefficient:
+                terms.append((history[(step - age) % len(history)], coefficient))
+        if step in slots.noise:
+            terms.append((slots.noise[step].buffer, schedule.noise[step]))
+        slots.sum(("step", step), slots.x.buffer, terms)
+
     def _predict(self, slots: _Slots, step: int, used: int, first_frame: int) -> None:
         """Guided velocity of the frames into the history: the weighted sum over the condition sets."""
         guided = slots.history[step % len(slots.history)]
         # The last step's keys and values are kept of every set, also where its velocity does not count.
         keep = self.mode == "stream" and not self._clean_commit and step == self.schedule.num_steps - 1
-        slots.x.send()
         started = False
         for i, weight in enumerate(self.guidance.weights[step]):
             if weight == 0 and not keep:
@@ -236,28 +293,14 @@ class Denoiser:
                 self.cache.commit(i, first_frame, len(slots.positions.array))
             if weight == 0:
                 continue
-            slots.velocity.fetch()
-            np.multiply(slots.frames_velocity, np.float32(weight), out=slots.scratch if started else guided)
-            if started:
-                guided += slots.scratch
+            slots.sum(("guided", step, i), guided, [(guided, 1.0)] * started + [(slots.velocity, weight)])
             started = True
 
-    def _step(self, slots: _Slots, step: int, first_frame: int) -> None:
-        schedule, frames, scratch = self.schedule, slots.frames, slots.scratch
-        frames *= np.float32(schedule.sample[step])
-        for age, coefficient in enumerate(schedule.outputs[step][: step + 1]):
-            if coefficient:
-                frames += np.multiply(slots.history[(step - age) % len(slots.history)], np.float32(coefficient), out=scratch)
-        if schedule.noise[step]:
-            self.noise.draw(first_frame, frames.shape[2], step + 1, scratch)
-            frames += np.multiply(scratch, np.float32(schedule.noise[step]), out=scratch)
-
-    def _commit(self, slots: _Slots, chunk: ChunkConditions, used: int) -> None:
+    def _commit(self, slots: _Slots, first_frame: int | None, used: int) -> None:
         """One run of every set at timestep 0 on the clean frames, whose keys and values are kept."""
-        slots.x.send()
         for i in range(self.guidance.num_sets):
             self._evaluate(slots, i, self.schedule.num_steps, used)
-            self.cache.commit(i, chunk.first_frame, len(slots.positions.array))
+            self.cache.commit(i, first_frame, len(slots.positions.array))
 
     def _evaluate(self, slots: _Slots, index: int, step: int, used: int) -> None:
         """One run of the transformer for condition set `index`; row `num_steps` of the time embeddings is timestep 0."""
@@ -267,5 +310,5 @@ class Denoiser:
             own = {"noise_latents": slots.x.buffer, "positions": slots.positions.buffer}
             _, time = slots.embed_time[step]
             inputs = {**own, **slots.conditions[index], **self._looked_up[index], **time, **inputs}
-            slots.calls[key] = self.dit.bind(inputs, {"velocity": slots.velocity.buffer, **outputs})
+            slots.calls[key] = self.dit.bind(inputs, {"velocity": slots.velocity, **outputs})
         slots.calls[key]()

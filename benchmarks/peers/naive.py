@@ -49,9 +49,9 @@ class NaiveDenoiser(Denoiser):
                 torch.cat([blank, latents], dim=2), tokens, modulation, temb, projected, torch.arange(1 + sum(sizes)),
                 mask=stream_mask(sizes, self.window_frames, tokens.shape[2]),
             )  # fmt: skip
-            slots.velocity.buffer.copy_(velocity[:, :, -sizes[-1] :])
+            slots.velocity.copy_(velocity[:, :, -sizes[-1] :])
 
-    def _commit(self, slots, chunk, used: int) -> None:
+    def _commit(self, slots, first_frame, used: int) -> None:
         own = slots.conditions[0]
         self._finished.append(
             (slots.x.buffer.clone(), own["condition_tokens"].clone(), own["expression_modulation"].clone())

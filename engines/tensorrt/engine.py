@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from factorportrait.bundle import Bundle, StageSpec
-from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers
+from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, mirrored_sum
 from factorportrait.engines.tensorrt.build import TARGET, OnProgress, get_plan
 from factorportrait.engines.tensorrt.builder import open_log
 from factorportrait.engines.tensorrt.cuda import CudaError, Device
 from factorportrait.engines.tensorrt.machine import import_tensorrt, probe
 from factorportrait.engines.tensorrt.plans import Options, Plan, PlanStore, Request
+from factorportrait.engines.tensorrt.sums import SumKernel
 from factorportrait.errors import BundleError, UserError
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ class TensorRTEngine:
         self.trt = import_tensorrt("--engine tensorrt")
         self.log = open_log(self.trt, _log.info)
         self.cuda = Device()
+        self._sums = SumKernel(self.cuda)
+        self.whole_chunks = not eager and not self._sums.reason
+        self.in_chunk = False  # calls are part of a chunk's graph and have none of their own
         self._runtime = self.trt.Runtime(self.log)
         self._scratch = self.cuda.zeros((0,), "uint8")
         self._runners: dict[str, TensorRTRunner] = {}
@@ -108,6 +112,24 @@ class TensorRTEngine:
         """See `factorportrait.engines.base.Engine`."""
         if source is not target:
             self.cuda.copy(source, target)
+
+    def weighted_sum(
+        self, target: DeviceArray, terms: Sequence[tuple[DeviceArray, float]], spare: DeviceArray, first: int = 0
+    ) -> Call:  # fmt: skip
+        """See `factorportrait.engines.base.Engine`."""
+        return mirrored_sum(self, target, terms, first) if self._sums.reason else self._sums.bind(target, terms, first)
+
+    def capture(self, run: Call) -> Call:
+        """See `factorportrait.engines.base.Engine`. The second call captures the CUDA graph that later ones replay."""
+
+        def enqueue() -> None:
+            before, self.in_chunk = self.in_chunk, True
+            try:
+                run()
+            finally:
+                self.in_chunk = before
+
+        return _Call(self, "dit, all steps of a chunk,", enqueue, ())
 
     def scratch(self, num_bytes: int) -> DeviceArray:
         """Memory for activations, shared by all calls. When it grows, calls that are bound keep what they have."""
@@ -219,7 +241,10 @@ class _Call:
         self._warm, self._replay = False, None
 
     def __call__(self) -> None:
-        if self._replay is not None:
+        if self._engine.in_chunk:
+            self._enqueue()
+            self._warm = True
+        elif self._replay is not None:
             self._replay()
         elif self._engine.eager or not self._warm:
             self._enqueue()

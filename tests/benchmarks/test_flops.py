@@ -143,7 +143,7 @@ def test_a_chunk_of_a_bundle_has_every_stage(tiny_bundle, mode):
     bundle = Bundle(tiny_bundle)
     options = SessionOptions(mode=mode, steps=2, guidance="2").resolve(bundle.config)
     works = chunk_work(bundle, options, num_frames=9, coefficients=False)
-    stages = {"expression", "pose", "conditions", "step.0", "step.1", "decode"}
+    stages = {"expression", "pose", "conditions", "step.0", "step.1", "steps", "decode"}
     assert set(works) == stages | ({"commit"} if mode == "stream" else set())
     single = chunk_work(bundle, SessionOptions(mode=mode, steps=2).resolve(bundle.config), num_frames=9, coefficients=True)
     # Guidance evaluates two sets of conditions.

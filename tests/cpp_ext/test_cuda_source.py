@@ -11,16 +11,21 @@ import numpy as np
 import pytest
 from embedding_oracle import oracle_rays, oracle_tokens, pack_rays, portrait_cameras
 
+from factorportrait.engines.base import host_sum
 from factorportrait.kernels import source_path
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-KERNELS = ("embed_prepare_cameras", "embed_fold_cameras", "embed_tokens_f32", "embed_tokens_f16")
+KERNELS = {
+    "embed.cu": ("embed_prepare_cameras", "embed_fold_cameras", "embed_tokens_f32", "embed_tokens_f16"),
+    "sum.cu": ("weighted_sum",),
+}
 
 
+@pytest.mark.parametrize("file", KERNELS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_nvrtc_compiles(architecture):
+def test_nvrtc_compiles(architecture, file):
     core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
-    source = source_path("embed.cu")
+    source = source_path(file)
     options = core.ProgramOptions(arch=f"sm_{architecture}", include_path=str(source.parent), std="c++17")
     try:
         program = core.Program(source.read_text(encoding="utf-8"), "c++", options)
@@ -30,7 +35,7 @@ def test_nvrtc_compiles(architecture):
         pytest.skip(f"NVRTC is not installed: {error}")
     code = program.compile("cubin").code
     assert code[:4] == b"\x7fELF"
-    assert all(name.encode() in code for name in KERNELS)
+    assert all(name.encode() in code for name in KERNELS[file])
 
 
 def test_nvcc_compiles(tmp_path):
@@ -53,6 +58,12 @@ def test_nvcc_compiles(tmp_path):
 DRIVER = """
 #include "cuda_on_cpu.h"
 #include "embed.cu"
+#include "sum.cu"
+extern "C" void add(const float* const* sources, const float* weights, int count, float* target, long long size,
+                    long long period, long long skipped) {
+  launch({static_cast<unsigned>((size + 31) / 32), 1, 1}, {32, 1, 1},
+         [=] { weighted_sum(sources, weights, count, target, size, period, skipped); });
+}
 extern "C" void embed(const double* K, int num_k, const double* c2w, int frames, int slots, int per_slot, int rays,
                       double* maps, double* folds, unsigned* bad, const float* camera_weight, float* folded,
                       const float* latents, int channels, const float* latent_weight, const float* bias, int height,
@@ -83,6 +94,7 @@ def emulated(tmp_path_factory):
         compiler,
         "-std=c++17",
         "-O1",
+        "-ffp-contract=off",
         "-shared",
         "-fPIC",
         "-pthread",
@@ -94,6 +106,23 @@ def emulated(tmp_path_factory):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "driver.so"))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("weights", [(0.3,), (1.0, -0.7), (0.1, 0.2, 0.7)])
+def test_sums_equal_numpy(emulated, weights, first):
+    """To the bit, the target being the first term: [B, C, F, h, w], of which the first slots stay."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((1, 3, 4, 5, 7)).astype(np.float32) for _ in weights]
+    expected = arrays[0].copy()
+    host_sum(expected, [(expected, weights[0]), *zip(arrays[1:], weights[1:], strict=True)], np.empty_like(expected), first)()
+    sources, factors = np.array([array.ctypes.data for array in arrays], np.uint64), np.array(weights, np.float32)
+    i64 = ctypes.c_longlong
+    emulated.add(
+        ctypes.c_void_p(sources.ctypes.data), ctypes.c_void_p(factors.ctypes.data), len(weights),
+        ctypes.c_void_p(arrays[0].ctypes.data), i64(arrays[0].size), i64(4 * 5 * 7), i64(first * 5 * 7),
+    )  # fmt: skip
+    assert np.array_equal(arrays[0], expected)
 
 
 @pytest.mark.parametrize("camera", [6, 24])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engine_sessions import latents_and_pictures
 
-from factorportrait.engines.base import DeviceArray, run_once, slots
+from factorportrait.engines.base import DeviceArray, host_sum, run_once, slots
 from factorportrait.errors import UserError
 
 # TensorRT compiles attention in half precision alone.
@@ -72,6 +72,36 @@ def test_a_new_portrait_after_the_capture(open_on, engine, precision):
     fresh, _ = latents_and_pictures(opened, 29, portrait_seed=2, cache="inplace", **STREAM)
     assert error(second, fresh) <= LIMITS[precision] / 10
     assert error(first, second) > 1e-2
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+def test_sums_on_the_device_equal_numpy(open_on, engine, precision):
+    """Guidance and the scheduler's step, to the bit; the second call of a target that is its own first term adds again."""
+    device = open_on(engine, precision, False).engine
+    assert device.whole_chunks, "no kernel for sums: " + getattr(getattr(device, "_sums", None), "reason", "")
+    rng, shape, weights, first = np.random.default_rng(0), (1, 16, 3, 33, 35), (0.9, -0.7, 1.3), 1
+    arrays = [rng.standard_normal(shape).astype(np.float32) for _ in weights]
+    buffers = [device.zeros(shape, "float32") for _ in range(4)]
+    for array, buffer in zip(arrays, buffers, strict=False):
+        device.copy(array, buffer)
+    call = device.weighted_sum(buffers[0], list(zip(buffers, weights, strict=False)), buffers[3], first)
+    add = host_sum(arrays[0], list(zip(arrays, weights, strict=True)), np.empty(shape, np.float32), first)
+    found = device.mirror(buffers[0])
+    for _ in range(2):
+        call()
+        add()
+        device.copy(buffers[0], found)
+        assert np.array_equal(found, arrays[0])
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+def test_a_chunk_is_one_call(open_on, engine, precision):
+    """With graphs its steps are one stage; with plain calls each step has its own time."""
+    for eager in (True, False):
+        opened = open_on(engine, precision, eager)
+        session = opened.session(cache="inplace", **STREAM)
+        latents_and_pictures(opened, 29, session=session)
+        assert ("steps" in session.timings.calls) != eager and ("commit" in session.timings.calls) == eager
 
 
 @pytest.mark.parametrize(("engine", "precision"), ENGINES)

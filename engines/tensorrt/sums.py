@@ -1,0 +1,67 @@
+"""The kernel that adds up velocities on the GPU, compiled by NVRTC for the GPU that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from factorportrait.engines.base import Call, DeviceArray
+from factorportrait.engines.tensorrt.cuda import Device
+from factorportrait.kernels import source_path
+
+THREADS = 256  # of a block
+
+
+class SumKernel:
+    """`weighted_sum` of sum.cu on a device's stream.
+
+    Attributes:
+        reason: why it cannot be used here; empty where it can.
+    """
+
+    def __init__(self, device: Device):
+        self._device, self._kernel, self.reason = device, None, ""
+        try:
+            from cuda import core
+        except ImportError as error:
+            self.reason = f"no package cuda-core: {error}"
+            return
+        gpu = core.Device(0)
+        gpu.set_current()
+        self._core, self._stream = core, core.Stream.from_handle(device.stream)
+        options = core.ProgramOptions(arch=f"sm_{gpu.arch}", std="c++17")
+        try:
+            program = core.Program(source_path("sum.cu").read_text(encoding="utf-8"), "c++", options)
+        except Exception as error:  # the loader of NVRTC raises types of its own
+            if "nvrtc" not in str(error).lower():
+                raise
+            self.reason = f"no NVRTC: {str(error).splitlines()[0]}"
+            return
+        self._kernel = program.compile("cubin").get_kernel("weighted_sum")
+
+    def bind(self, target: DeviceArray, terms: Sequence[tuple[DeviceArray, float]], first: int) -> Call:
+        """See `factorportrait.engines.base.Engine.weighted_sum`. Addresses and weights go to tables on the device now."""
+        sources, weights = (
+            self._upload(np.array(column, dtype))
+            for column, dtype in zip(zip(*((source.address, weight) for source, weight in terms), strict=True),
+                                     (np.uint64, np.float32), strict=True)
+        )  # fmt: skip
+        size, period, skipped = prod(target.shape), prod(target.shape[2:]), first * prod(target.shape[3:])
+        config = self._core.LaunchConfig(grid=-(-size // THREADS), block=THREADS)
+        i64 = np.int64
+        arguments = (
+            sources.address, weights.address, np.int32(len(terms)), target.address, i64(size), i64(period), i64(skipped),
+        )  # fmt: skip
+
+        def call(_memory: Any = (sources, weights, target, terms)) -> None:
+            self._core.launch(self._stream, config, self._kernel, *arguments)
+
+        return call
+
+    def _upload(self, values: np.ndarray) -> DeviceArray:
+        buffer = self._device.zeros(values.shape, str(values.dtype))
+        self._device.copy(values, buffer)
+        return buffer
