@@ -44,12 +44,12 @@ pareto: $(STAMP_DEV)
 		$(BIN)/fp-export --precision $$precision --output $$bundle; \
 		$(BIN)/fp-bench run $$bundle --cases pareto $(PARETO_RUN) --output $$report-latency; \
 		$(BIN)/fp-bench quality $$bundle --steps 1,2,4,8 $(PARETO_CLIPS) --self-only --output $$report-steps; \
-		$(BIN)/fp-bench quality $$bundle --steps 4 --window 3 $(PARETO_CLIPS) --self-only --output $$report-window; \
-		$(BIN)/fp-bench quality $$bundle --steps 4 --commit last-step $(PARETO_CLIPS) --self-only --output $$report-commit; \
+		$(BIN)/fp-bench quality $$bundle --steps 2 --window 3 $(PARETO_CLIPS) --self-only --output $$report-window; \
+		$(BIN)/fp-bench quality $$bundle --steps 2 --commit last-step $(PARETO_CLIPS) --self-only --output $$report-commit; \
 		$(BIN)/fp-bench quality $$bundle --steps 4 --step-cache 0.7 $(PARETO_CLIPS) --self-only --output $$report-cache-0.7; \
 		$(BIN)/fp-bench quality $$bundle --steps 4 --step-cache 1 $(PARETO_CLIPS) --self-only --output $$report-cache-1; \
-		$(BIN)/fp-bench quality $$bundle --steps 4 --guidance 1.5 $(PARETO_CLIPS) --self-only --output $$report-guidance; \
-		$(BIN)/fp-bench quality $$bundle --steps 4 --guidance 1.5 --guidance-steps 2 $(PARETO_CLIPS) --self-only \
+		$(BIN)/fp-bench quality $$bundle --steps 2 --guidance 1.5 $(PARETO_CLIPS) --self-only --output $$report-guidance; \
+		$(BIN)/fp-bench quality $$bundle --steps 2 --guidance 1.5 --guidance-steps 1 $(PARETO_CLIPS) --self-only \
 			--output $$report-guidance-steps; \
 	done
 	$(BIN)/fp-bench pareto --output $(OUT)/pareto/pareto.html \

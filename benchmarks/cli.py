@@ -79,6 +79,7 @@ def add_quality(commands) -> None:
         "--expression", choices=("pictures", "arkit"), default="pictures",
         help="what drives it: pictures through the expression encoder (default), or their true ARKit coefficients",
     )  # fmt: skip
+    command.add_argument("--expression-gain", type=float, default=1.0, metavar="X", help="as for fp-run")
     command.add_argument("--window", type=int, help="latent frames that a chunk of a stream sees (default: the checkpoint's)")
     command.add_argument(
         "--self-only", action="store_true",
@@ -114,7 +115,9 @@ def quality(options: argparse.Namespace) -> int:
     check_output(options.output)
     # Everything that can be wrong is found before the graphs are loaded.
     bundle = Bundle(options.bundle)
-    mode = SessionOptions(mode=settings.generation, **settings.approximations).resolve(bundle.config).mode
+    mode = SessionOptions(
+        mode=settings.generation, expression_gain=settings.expression_gain, **settings.approximations
+    ).resolve(bundle.config).mode  # fmt: skip
     longest = 1 + FRAMES_PER_LATENT * (bundle.config.generation.max_clip_frames - 1)
     if mode == "clip" and max(settings.frames, measure.ACTION_FRAMES) > longest:
         raise UserError(
@@ -170,7 +173,7 @@ def settings_from(options: argparse.Namespace):
     return Settings(
         identities, frames, parse_steps(options.steps), modes, options.seed, options.generation, options.stream,
         1 if options.quick else 2, options.data, options.threads, options.window, approximations(options),
-        options.self_only, options.expression,
+        options.self_only, options.expression, options.expression_gain,
     )  # fmt: skip
 
 

@@ -78,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
     generation.add_argument("--mode", choices=("clip", "stream"), help="default: stream where the checkpoint allows it")
     generation.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     generation.add_argument("--guidance", help="1 (off), 2.5, or expression=2,pose=1.5 (default: the checkpoint's, mostly 1)")
+    generation.add_argument(
+        "--expression-gain", type=float, default=1.0, metavar="X",
+        help="how far expressions go: 2 doubles them, 0 is a neutral face (default 1); unlike guidance it costs no time",
+    )  # fmt: skip
     generation.add_argument("--seed", type=int, default=0)
     generation.add_argument("--chunk", type=int, help="latent frames generated together (stream)")
     generation.add_argument("--window", type=int, help="latent frames that a chunk sees, itself included (stream)")
@@ -155,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window, arguments.cache,
         arguments.embedding, arguments.hoist, arguments.commit, arguments.step_cache, arguments.guidance_steps, arguments.overlap,
         arguments.latency, arguments.prompt_embeddings, arguments.negative_embeddings, arguments.image_embeddings,
+        arguments.expression_gain,
     )  # fmt: skip
     threads = arguments.threads or default_threads(arguments.overlap, options.resolve(config).mode)
     portrait = load_portrait(

@@ -53,10 +53,15 @@ class GroupEncoder:
 
     Args:
         reuse: a picture like the one before keeps its code, as where the driving was filmed at a lower rate or stands still.
+        neutral_code: [E] of a neutral face; gain: what the way from it to a frame's code is multiplied with.
     """
 
-    def __init__(self, config: ModelConfig, engine: Engine, timings: Timings, *, reuse: bool = True):
+    def __init__(
+        self, config: ModelConfig, engine: Engine, timings: Timings, *, reuse: bool = True,
+        neutral_code: np.ndarray | None = None, gain: float = 1.0,
+    ):  # fmt: skip
         self.config, self.timings, self._reuse = config, timings, reuse
+        self._neutral_code, self._gain = neutral_code, np.float32(gain)
         self._pose = StreamingVAE(engine, "encode")
         self._expression, self._arkit = HostStage(engine, "expression_encoder", B=1), HostStage(engine, "arkit_encoder", B=1)
         self._codes: list[np.ndarray] = []
@@ -99,7 +104,11 @@ class GroupEncoder:
         return self._complete() if len(self._codes) == size else None
 
     def encode_expression(self, frame: DrivingFrame) -> np.ndarray:
-        """[1, E] from the picture or from the coefficients."""
+        """[1, E] from the picture or from the coefficients, as far from the neutral code as the gain says."""
+        code = self._code(frame)
+        return code if self._gain == 1 else self._neutral_code + self._gain * (code - self._neutral_code)
+
+    def _code(self, frame: DrivingFrame) -> np.ndarray:
         with self.timings("expression"):
             if frame.coefficients is not None:
                 return self._arkit(coefficients=np.asarray(frame.coefficients, np.float32)[None])["code"].copy()

@@ -69,6 +69,7 @@ class SessionOptions:
         quick_start: the first chunk is one latent frame and the second one shorter, so that the first picture comes early. A
             checkpoint trained on whole chunks alone has not seen such a start.
         prompt_embeddings, negative_embeddings, image_embeddings: files, see `factorportrait.runtime.looked_up.LookedUp`.
+        expression_gain: how far expressions go: codes are moved away from the neutral face's by this factor. 0 is a neutral face.
     """
 
     mode: str | None = None
@@ -88,6 +89,7 @@ class SessionOptions:
     prompt_embeddings: Path | None = None
     negative_embeddings: Path | None = None
     image_embeddings: Path | None = None
+    expression_gain: float = 1.0
 
     def resolve(self, config: ModelConfig) -> SessionOptions:
         """Fill in the checkpoint's values.
@@ -119,6 +121,15 @@ class SessionOptions:
             raise UserError("--commit", expected=" or ".join(COMMITS), found=self.commit, action="clean is what was trained")
         if not 0 <= self.step_cache < float("inf"):
             raise UserError("--step-cache", expected="0 or more", found=str(self.step_cache), action="0 switches it off")
+        if not 0 <= self.expression_gain < float("inf"):
+            raise UserError(
+                "--expression-gain", expected="0 or more", found=str(self.expression_gain),
+                action="1 leaves expressions as they are",
+            )  # fmt: skip
+        if self.expression_gain != 1 and not config.conditioning.shows_expression:
+            raise UserError(
+                "--expression-gain", expected="a system with expression codes", found=config.system, action="leave it out"
+            )
         if self.guidance_steps is not None and self.guidance_steps < 0:
             raise UserError("--guidance-steps", expected="0 or more", found=str(self.guidance_steps), action="leave it out for all")
         guidance = f"{generation.guidance_scale:g}" if self.guidance is None else self.guidance
@@ -269,7 +280,10 @@ class Session:
                 options.chunk_frames,
             )  # fmt: skip
         else:
-            self._encoder = GroupEncoder(self.config, engine, self.timings, reuse="features" in hoist)
+            self._encoder = GroupEncoder(
+                self.config, engine, self.timings, reuse="features" in hoist, neutral_code=constants[NEUTRAL_CODE],
+                gain=options.expression_gain,
+            )  # fmt: skip
             fused, self.embedding_reason = choose_embedding(options.embedding, config=self.config, arrays=constants, engine=engine)
             self.embedding = "graph" if fused is None else "fused"
             self._builder = ConditionBuilder(

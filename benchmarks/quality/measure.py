@@ -60,6 +60,7 @@ class Settings:
     approximations: fields of `factorportrait.runtime.session.SessionOptions` that change the pictures, for all that is generated.
     self_only: every person driven by itself, nothing else and no reading of expression and pose: what `fp-bench pareto` needs.
     expression: what drives it, of `EXPRESSIONS`; "arkit" are the coefficients that the pictures were rendered with.
+    expression_gain: of `SessionOptions`.
     """
 
     identities: int = 20
@@ -76,6 +77,7 @@ class Settings:
     approximations: Mapping[str, object] = field(default_factory=dict)
     self_only: bool = False
     expression: str = "pictures"
+    expression_gain: float = 1.0
 
 
 @dataclass
@@ -109,14 +111,14 @@ class Bench:
 
     def generate(
         self, portrait: np.ndarray, expression: np.ndarray, normals: np.ndarray, motion: Motion, index: int,
-        steps: int | None = None, guidance: str = "1", mode: str | None = None,
+        steps: int | None = None, guidance: str | None = None, mode: str | None = None,
     ) -> np.ndarray:  # fmt: skip
         """uint8 [T, H, W, 3]; the noise depends on the run's seed and `index` alone. expression: pictures of `motion`'s."""
         return drive(
             self.opened, portrait, motion.coefficients if self.settings.expression == "arkit" else expression, normals, motion,
             steps=steps or self.primary_steps, mode=mode or self.generation,
-            **{"guidance": guidance, **self.settings.approximations},
-            window_frames=self.window,
+            **{"guidance": "1", **self.settings.approximations} | ({} if guidance is None else {"guidance": guidance}),
+            window_frames=self.window, expression_gain=self.settings.expression_gain,
             seed=1000 * self.settings.seed + index,
         )  # fmt: skip
 
@@ -457,7 +459,7 @@ def measure(opened: OpenBundle, settings: Settings, say: Callable[[str], None]) 
             "generation": bench.generation, "chunk_frames": opened.config.generation.chunk_frames,
             "window_frames": bench.window, "approximations": dict(settings.approximations),
             "clips": "rendered" if settings.data is None else "shards of the test split",
-            "expression": EXPRESSIONS[settings.expression],
+            "expression": EXPRESSIONS[settings.expression], "expression_gain": settings.expression_gain,
         },
         thresholds=bench.thresholds,
         rulers={

@@ -161,3 +161,19 @@ def test_step_cache(opened):
     assert np.array_equal(run(opened, *given, step_cache=1e6)[0], run(opened, *given)[0])
     with pytest.raises(UserError, match="--step-cache; expected 0 or more"):
         opened.session(step_cache=-1.0)
+
+
+def test_expression_gain(opened):
+    """1 changes nothing, 0 is a neutral face, and in between and beyond codes lie on the line through both."""
+    given = ("stream", 2, 4, "1")
+    as_driven, _ = run(opened, *given)
+    assert np.array_equal(run(opened, *given, expression_gain=1.0)[0], as_driven)
+    frame = driving(opened.config, 1)[0]
+    codes = {gain: opened.session(expression_gain=gain)._encoder.encode_expression(frame) for gain in (0.0, 1.0, 2.5)}
+    neutral = opened.bundle.constants()["neutral_code"]
+    assert np.array_equal(codes[0.0][0], neutral) and np.abs(codes[1.0] - neutral).max() > 1e-3
+    assert np.allclose(codes[2.5] - neutral, 2.5 * (codes[1.0] - neutral), atol=1e-5)
+    assert relative_error(run(opened, *given, expression_gain=2.5)[0], as_driven) > 1e-4
+    for gain in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--expression-gain; expected 0 or more"):
+            opened.session(expression_gain=gain)
