@@ -276,7 +276,7 @@ def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coef
     }
     for step, weights in enumerate(guidance.weights):
         works[f"step.{step}"] = scaled(dit, int((weights != 0).sum()))
-    if not clip:
+    if not clip and options.commit == "clean":
         works["commit"] = scaled(dit, guidance.num_sets)
     # Where a chunk's steps and commit are one call, they are one stage.
     works["steps"] = added(*(each for name, each in works.items() if name.startswith("step.") or name == "commit"))

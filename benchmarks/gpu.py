@@ -1,8 +1,11 @@
-"""One command for a machine with an NVIDIA GPU: run tests/gpu with whichever of TensorRT, onnxruntime-gpu and PyTorch is there.
+"""One command for a machine with an NVIDIA GPU: tests/gpu and the benchmark, with whatever is there of TensorRT,
+onnxruntime-gpu and PyTorch.
 
-    python -m factorportrait.benchmarks.gpu [--json gpu.json] [pytest's arguments]
+    python -m factorportrait.benchmarks.gpu [--json gpu.json] [--cases wan-1.3b-512] [pytest's arguments]
 
-Leaves a JSON summary. Exit code 0: some tests ran and none failed. 1: some failed. 3: all were skipped, so nothing is verified.
+Leaves a JSON summary, which holds the benchmark's latency.json as well; its report lies in a folder beside it. Exit code
+0: some tests ran, none failed, and the benchmark ended well. 1: something failed. 3: all tests were skipped, so nothing is
+verified.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from factorportrait.errors import UserError
 from factorportrait.files import whole_file
 
 EXIT_ALL_SKIPPED = 3
+CASES = "wan-1.3b-512"
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "torch", "cuda-python", "cuda-core", "numpy")
 
 
@@ -34,12 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tests and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m factorportrait.benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), metavar="FILE", help="the summary (default: gpu.json)")
+    parser.add_argument("--cases", default=CASES, help=f"of fp-bench run, with commas; '' for no benchmark (default: {CASES})")
     options, pytest_arguments = parser.parse_known_args(arguments)
-    return run_command("benchmarks.gpu", lambda: run(options.json, pytest_arguments))
+    cases = [case.strip() for case in options.cases.split(",") if case.strip()]
+    return run_command("benchmarks.gpu", lambda: run(options.json, cases, pytest_arguments))
 
 
-def run(output: Path, pytest_arguments: list[str]) -> int:
-    """Run tests/gpu, write the summary and print it."""
+def run(output: Path, cases: list[str], pytest_arguments: list[str]) -> int:
+    """Run tests/gpu and, where some of them ran, the benchmark; write the summary and print it."""
     tests = Path(__file__).resolve().parent.parent / "tests" / "gpu"
     if not tests.is_dir():
         raise UserError(
@@ -54,17 +60,38 @@ def run(output: Path, pytest_arguments: list[str]) -> int:
         if not results.is_file():
             raise UserError("pytest", expected="results", found=f"exit code {code}", action="see its message above")
         summary = summarise(results) | {"machine": describe_machine(), "seconds": round(time.time() - started, 1)}
-    with whole_file(output) as file:
-        file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     counts = summary["counts"]
     num_run = counts["passed"] + counts["failed"]
+    write(output, summary)  # what is known so far is kept, whatever the benchmark does
+    benchmark = None
+    if num_run and cases:
+        benchmark = run_benchmark(cases, output.with_name(output.stem + "-bench"))
+        write(output, summary | {"benchmark": benchmark})
     if not num_run:
         gpu = find_gpu()
         why = f"no NVIDIA GPU: {gpu}" if isinstance(gpu, str) else "see the reasons above"
         print(f"All {counts['skipped']} tests were skipped ({why}): nothing was verified. Summary: {output}")
         return EXIT_ALL_SKIPPED
-    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped. Summary: {output}")
-    return 1 if counts["failed"] or code not in (0, 1) else 0
+    ended = "" if benchmark is None else f" Benchmark: exit code {benchmark['exit_code']}, {benchmark['folder']}."
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped.{ended} Summary: {output}")
+    bad = counts["failed"] or code not in (0, 1) or (benchmark is not None and benchmark["exit_code"])
+    return 1 if bad else 0
+
+
+def write(output: Path, summary: dict) -> None:
+    with whole_file(output) as file:
+        file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def run_benchmark(cases: list[str], folder: Path) -> dict:
+    """fp-bench run and report into a folder -> exit code, folder, and the report where there is one."""
+    program = [sys.executable, "-m", "factorportrait.benchmarks.cli"]
+    code = subprocess.run([*program, "run", "--cases", *cases, "--output", str(folder)], check=False).returncode
+    found = folder / "latency.json"
+    if code == 0:
+        subprocess.run([*program, "report", str(folder)], check=False)
+    report = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None
+    return {"cases": cases, "exit_code": code, "folder": folder.name, "latency": report}
 
 
 def summarise(results: Path) -> dict:

@@ -26,7 +26,8 @@ LARGER_IS_BETTER = {
 }  # fmt: skip
 # Options that change both pictures and time, and what they are where nobody asked.
 USUAL = {"guidance": "1", "guidance_steps": None, "commit": "clean", "step_cache": 0.0}
-CLIPS = ("identities", "frames", "modes", "seed", "clips")  # settings of a quality report that decide what was judged
+# Settings of a quality report that decide what was judged.
+CLIPS = ("identities", "frames", "modes", "seed", "clips", "expression", "expression_gain")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def open_engine(
     if choice.name == "onnxruntime-cuda":
         from factorportrait.engines.ort_cuda import OrtCudaEngine
 
-        return OrtCudaEngine(bundle), choice.reason
+        return OrtCudaEngine(bundle, graphs=not eager), choice.reason
     if choice.name == "tensorrt":
         from factorportrait.engines.tensorrt.engine import TensorRTEngine
 

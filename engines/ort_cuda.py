@@ -17,7 +17,7 @@ from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffer
 from factorportrait.engines.ort import open_session, session_options
 from factorportrait.engines.tensorrt.cuda import Device
 from factorportrait.engines.tensorrt.sums import SumKernel
-from factorportrait.errors import UserError
+from factorportrait.errors import BundleError, UserError
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -27,9 +27,19 @@ class OrtCudaRunner:
 
     def __init__(self, spec: StageSpec, path: Path, cuda: Device, graph_ids: Iterable[int] | None):
         self.spec, self._graph_ids = spec, graph_ids
-        options = {"device_id": 0, "user_compute_stream": str(cuda.stream), "enable_cuda_graph": "0" if graph_ids is None else "1"}
-        providers = [(PROVIDER, options), "CPUExecutionProvider"]
-        self._session = open_session(spec, path, session_options(None), providers)
+
+        def opened(graphs: bool) -> onnxruntime.InferenceSession:
+            options = {"device_id": 0, "user_compute_stream": str(cuda.stream), "enable_cuda_graph": str(int(graphs))}
+            return open_session(spec, path, session_options(None), [(PROVIDER, options), "CPUExecutionProvider"])
+
+        try:
+            self._session = opened(graph_ids is not None)
+        except BundleError:
+            # It captures only graphs that are wholly the GPU's.
+            if graph_ids is None:
+                raise
+            self._graph_ids = None
+            self._session = opened(False)
         # ONNX Runtime logs a provider that does not start and goes on with the next one.
         if self._session.get_providers()[0] != PROVIDER:
             raise UserError(
@@ -62,7 +72,7 @@ class OrtCudaEngine:
     """See `factorportrait.engines.base.Engine`.
 
     Args:
-        graphs: have ONNX Runtime capture CUDA graphs. It refuses graphs with nodes that it leaves to the CPU.
+        graphs: have ONNX Runtime capture CUDA graphs, of every stage that has no node for the CPU.
 
     Raises:
         UserError: cuda-python is not installed.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -254,20 +254,23 @@ class TorchRunner:
 
 def _captured(run: Call, torch, pool) -> Call:
     """Calls `run` once, then captures it in a CUDA graph, then replays that. Calls run one after another, so they share a pool."""
+    warm, graph = False, None
 
-    def steps() -> Iterator[None]:
-        run()
-        yield
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+    def call() -> None:
+        nonlocal warm, graph
+        if not warm:
             run()
-        while True:
-            graph.replay()
-            yield
+            warm = True
+            return
+        if graph is None:
+            torch.cuda.synchronize()
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded, pool=pool):
+                run()
+            graph = recorded
+        graph.replay()
 
-    calls = steps()
-    return lambda: next(calls)
+    return call
 
 
 def import_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -225,15 +226,17 @@ class Denoiser:
         first_frame, num_slots = chunk.first_frame, len(slots.positions.array)
         key = used, self.cache.moves(first_frame, num_slots)
         if key not in slots.chunks:
-
-            def run() -> None:
-                for step in range(self.schedule.num_steps):
-                    self._step(slots, step, used, first_frame)
-                if self.mode == "stream" and self._clean_commit:
-                    self._commit(slots, first_frame, used)
-
-            slots.chunks[key] = self.engine.capture(run)
+            # The denoiser keeps the call, so the call must not keep the denoiser: a cycle would hold the device's memory.
+            denoiser = weakref.proxy(self)
+            slots.chunks[key] = self.engine.capture(lambda: denoiser._run_chunk(num_slots, used, first_frame))
         slots.chunks[key]()
+
+    def _run_chunk(self, num_slots: int, used: int, first_frame: int) -> None:
+        slots = self._slots_of(num_slots)
+        for step in range(self.schedule.num_steps):
+            self._step(slots, step, used, first_frame)
+        if self.mode == "stream" and self._clean_commit:
+            self._commit(slots, first_frame, used)
 
     def _slots_of(self, num_slots: int) -> _Slots:
         if num_slots not in self._slots:

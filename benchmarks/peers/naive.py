@@ -74,7 +74,7 @@ class NaiveSubject(LoopSubject):
 
         start = time.perf_counter()
         bundle, checkpoint = Bundle(folder), checkpoint_of(case, folder)
-        opened = OpenBundle(bundle, TorchEngine(bundle, checkpoint, threads=case.threads))
+        opened = OpenBundle(bundle, TorchEngine(bundle, checkpoint, device="cpu", threads=case.threads))
         model = load_checkpoint(find_checkpoint(bundle, checkpoint)).eval().requires_grad_(False)
         opened.load_s = time.perf_counter() - start
         self._network = model.dit

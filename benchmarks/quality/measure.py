@@ -26,12 +26,14 @@ from factorportrait.benchmarks.quality.cases import (
     regions,
     render,
 )
-from factorportrait.benchmarks.quality.fit import Fit, Reading
+from factorportrait.benchmarks.quality.fit import Fit, Reading, other_splits
 from factorportrait.benchmarks.quality.report import SCHEMA, Report
 from factorportrait.runtime.session import OpenBundle
 
 REGION_EVERY = 4  # frames in which the colours of iris, hair, skin and lips are measured
-READ_EVERY = 9  # frames in which expression, pose and camera are read
+READ_EVERY = 14  # frames in which expression, pose and camera are read: the first, the middle and the last of 29
+READ = ("zeroed", "vae", "neutral_vae", "truth")  # what is read beside everything generated
+FOLLOWED_FLOOR = 0.05  # sum of squared coefficients, without their means, below which a clip has no expression to follow
 MAX_DISENTANGLEMENT_CASES = 8
 SHEET_CLIPS = 8
 STREAM_PERIOD = 100  # frames after which the driving of a stream repeats, so that every hundred shows the same
@@ -117,19 +119,19 @@ class Bench:
         return drive(
             self.opened, portrait, motion.coefficients if self.settings.expression == "arkit" else expression, normals, motion,
             steps=steps or self.primary_steps, mode=mode or self.generation,
-            **{"guidance": "1", **self.settings.approximations} | ({} if guidance is None else {"guidance": guidance}),
+            **({"guidance": "1", **self.settings.approximations} if guidance is None else {"guidance": guidance}),
             window_frames=self.window, expression_gain=self.settings.expression_gain,
             seed=1000 * self.settings.seed + index,
         )  # fmt: skip
 
-    def fit(self, clip: Clip, motion: Motion) -> Fit | None:
-        """The reader of pictures of the clip's person in a motion; None where nothing is read."""
+    def fit(self, clip: Clip, *motions: Motion) -> Fit | None:
+        """The reader of pictures of the clip's person in a motion, with others to start from; None where nothing is read."""
         if self.settings.self_only:
             return None
-        moments = motion.select(slice(None, None, READ_EVERY))
+        moments = [motion.select(slice(None, None, READ_EVERY)) for motion in motions]
         return Fit(self.world, clip.identity, clip.scene, clip.size, moments, also=clip.portrait_motion)
 
-    def figures(self, pictures: np.ndarray, truth: Truth) -> dict[str, float | None]:
+    def figures(self, name: str, pictures: np.ndarray, truth: Truth) -> dict[str, float | None]:
         """Every figure of a clip that was made one way; None where it cannot be measured."""
         out: dict[str, float | None] = {
             "psnr": metrics.psnr(pictures, truth.frames),
@@ -143,7 +145,8 @@ class Bench:
         errors = metrics.colour_errors(colours, truth.colours)
         out |= {f"{name}_colour_error": errors.get(name) for name in ("iris", "hair", "skin", "lips")}
         out["identity_error"] = float(np.mean(list(errors.values()))) if errors else None
-        reading = truth.read(pictures)
+        read = name in READ or name.startswith("steps_")
+        reading = truth.reading if name == "truth" else truth.read(pictures) if read else None
         return out | reading_errors(reading, truth.reading, truth.motion.select(slice(None, None, READ_EVERY)))
 
     def truth(self, clip: Clip, motion: Motion, frames: np.ndarray, normals: np.ndarray) -> Truth:
@@ -187,7 +190,7 @@ class Bench:
             sheets.self_rows.append((f"{clip.name}, {MODES[clip.mode]}", shown))
         return {
             "person": clip.name, "mode": clip.mode, "changed_share": float(truth.changed.mean()),
-            "methods": {name: self.figures(pictures, truth) for name, pictures in made.items()},
+            "methods": {name: self.figures(name, pictures, truth) for name, pictures in made.items()},
         }  # fmt: skip
 
     def cross_reenactment(self, clips: list[Clip], index: int, sheets: Sheets) -> dict[str, Any]:
@@ -208,7 +211,7 @@ class Bench:
             sheets.cross_rows.append((f"{person.name} < {driver.name}", shown))
         return {
             "person": person.name, "expression": driver.name, "pose": poser.name, "camera": viewer.name,
-            "methods": {name: self.figures(pictures, truth) for name, pictures in made.items()},
+            "methods": {name: self.figures(name, pictures, truth) for name, pictures in made.items()},
         }  # fmt: skip
 
     def disentanglement(self, clips: list[Clip], index: int) -> dict[str, Any]:
@@ -224,11 +227,13 @@ class Bench:
         about_base = self.fit(self._lit(base, base), base.motion)
         readings: dict[str | None, tuple[Traits, Traits]] = {}
         for factor, (person, driver, motion) in variants.items():
-            # A picture in which nothing has changed must be read as such: so one starts from the base's moments too.
-            starts = [] if person is not base else [about_base]
-            if factor not in (None, "expression"):
-                starts.append(self.fit(self._lit(person, base), motion))
-            readings[factor] = self._traits(base, person, driver, motion, index, starts)
+            fit = about_base
+            if factor == "identity":
+                fit = self.fit(self._lit(person, base), motion)
+            elif factor in ("pose", "camera"):
+                # Nothing changed, the head turned or the camera moved: which of them it was is for the picture to say.
+                fit = self.fit(self._lit(base, base), motion, base.motion, *other_splits(motion, base.motion))
+            readings[factor] = self._traits(base, person, driver, motion, index, fit)
         return {
             "person": base.name,
             "other": other.name,
@@ -248,7 +253,7 @@ class Bench:
         return replace(person, scene=base.scene, portrait=portrait[0])
 
     def _traits(
-        self, base: Clip, person: Clip, driver: Clip, motion: Motion, index: int, starts: list[Fit | None]
+        self, base: Clip, person: Clip, driver: Clip, motion: Motion, index: int, fit: Fit | None
     ) -> tuple[Traits, Traits]:  # fmt: skip
         """What is read from the generated and from the true pictures of a combination, in the base clip's light."""
         lit = self._lit(person, base)
@@ -260,7 +265,7 @@ class Bench:
         few = self.thresholds["region_pixels"]
         return tuple(
             Traits(
-                Reading.best([fit(pictures[::READ_EVERY]) for fit in starts]) if all(starts) else None,
+                fit(pictures[::READ_EVERY]) if fit else None,
                 metrics.region_colours(pictures[::REGION_EVERY], masks, few),
             )
             for pictures in (generated, frames)
@@ -275,7 +280,7 @@ class Bench:
         truth_row: dict[str, np.ndarray] = {"portrait": person.portrait}
         made_row: dict[str, np.ndarray] = {"portrait": person.portrait}
         figures = {}
-        fit = self.fit(person, own.select(slice(-1, None)))
+        fit = self.fit(person, own.select(slice(-1, None)))  # the head stands still
         for action, amounts in ACTIONS.items():
             target = np.zeros(len(ARKIT_NAMES))
             for name, amount in amounts.items():
@@ -288,11 +293,14 @@ class Bench:
             neutral, _ = render(self.world, person.identity, person.scene, motion.neutral(), person.size)
             generated = self.generate(person.portrait, driving, normals, motion, index)
             changed = metrics.changed_mask(frames, neutral, self.thresholds["expression_change"])
-            shown_at_last = [fit(pictures[-1:]) for pictures in (generated, frames)]
+            # Against the first pictures, which show a neutral face: what is always read is no action.
+            first, last, true_first, true_last = (
+                fit(shown) if fit else None for pictures in (generated, frames) for shown in (pictures[:1], pictures[-1:])
+            )
             figures[action] = {
                 "psnr_expression": metrics.psnr(generated, frames, changed),
                 "neutral_psnr_expression": metrics.psnr(neutral, frames, changed),
-                "followed": followed(*shown_at_last),
+                "followed": followed(stacked(first, last), stacked(true_first, true_last)),
             }
             truth_row[action], made_row[action] = frames[-1], generated[-1]
         sheets.action_rows += [(f"{person.name}, truth", truth_row), (f"{person.name}, generated", made_row)]
@@ -381,13 +389,24 @@ def reader_doubt(notes: dict[str, float] | None, least: float) -> str:
     return f"the reader explains {found:.0f} % of the true renders' expressions, {100 * least:.0f} % are needed"
 
 
-def followed(found: Reading | None, truth: Reading | None) -> float | None:
-    """How much of the truth's expression is read from a picture: the slope of its coefficients over the truth's (0: none of
-    it, 1: all of it); None where the truth has none."""
+def stacked(*readings: Reading | None) -> np.ndarray | None:
+    """Coefficients [T, 52] of readings, one behind the other."""
+    if any(reading is None for reading in readings):
+        return None
+    return np.concatenate([reading.coefficients for reading in readings])
+
+
+def followed(found: np.ndarray | None, truth: np.ndarray | None) -> float | None:
+    """How far the truth's changes of expression are followed: slope of coefficients [T, 52] read from pictures over the truth's.
+
+    Both without their means over the moments, so that what is always read counts for nothing. 0: not at all, 1: wholly; None where
+    the truth does not change.
+    """
     if found is None or truth is None:
         return None
-    size = float(np.square(truth.coefficients).sum())
-    return float((found.coefficients * truth.coefficients).sum()) / size if size > 1e-6 else None
+    found, truth = (values - values.mean(0) for values in (found, truth))
+    size = float(np.square(truth).sum())
+    return float((found * truth).sum()) / size if size > FOLLOWED_FLOOR else None
 
 
 def reading_errors(found: Reading | None, truth: Reading | None, known: Motion) -> dict[str, float | None]:
@@ -405,7 +424,7 @@ def reading_errors(found: Reading | None, truth: Reading | None, known: Motion) 
     values = (
         np.abs(found.coefficients - truth.coefficients).mean(),
         metrics.angles_deg(found.seen, truth.seen).mean(),
-        followed(found, truth),
+        followed(found.coefficients, truth.coefficients),
         np.abs(found.coefficients - known.coefficients).mean(),
         metrics.angles_deg(found.seen, known.seen_rotation).mean(),
         1 - missed / max(np.square(known.coefficients).sum(), 1e-6),

@@ -34,7 +34,8 @@ METRICS = {  # name -> (heading, unit, digits, what it is)
         "Expression error", "coefficient", 4, "mean |difference| of the coefficients read from the picture and from the truth",
     ),
     "expression_followed": (
-        "Expression followed", "of truth", 3, "slope of the coefficients read from the picture over those read from the truth",
+        "Expression followed", "of truth", 3,
+        "slope of the coefficients' changes over time, read from the picture over read from the truth",
     ),
     "pose_error_deg": (
         "Pose error", "degrees", 2, "angle between the head in the camera as read from the picture and from the truth",
@@ -404,6 +405,9 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
     """One page that works offline: style and pictures are inside. sheets: title -> PNG."""
     summary, settings, rulers = summarise(report), report.settings, report.rulers
     bundle = report.bundle
+    different = {**settings.get("approximations", {})}
+    if settings.get("expression_gain", 1.0) != 1:
+        different["expression_gain"] = settings["expression_gain"]
     reader = f"Expression and pose errors: not measured, {escape(rulers['reader_missing'])}."
     if rulers["reader"]:
         notes = ", ".join(f"{name} {value}" for name, value in rulers["reader"].items())
@@ -414,7 +418,8 @@ def html_page(report: Report, sheets: Mapping[str, bytes]) -> str:
     lead = (
         f"{settings['identities']} test identities, {settings['frames']} frames each at {bundle['width']}×{bundle['height']}, "
         f"modes {', '.join(settings['modes'])} in turn; {settings['generation']} mode, "
-        f"{settings['primary_steps']} steps unless said; expression by {settings['expression']}; "
+        f"{settings['primary_steps']} steps unless said; expression by {settings['expression']}"
+        + "".join(f", {name.replace('_', ' ')} {value}" for name, value in different.items()) + "; "
         f"seed {settings['seed']}; {report.seconds:.0f} s. "
         f"Every figure is taken on 8-bit pictures against the true render."
     )

@@ -3,7 +3,7 @@
 x = (1 - sigma) * clean + sigma * noise, target velocity = noise - clean, timestep = 1000 * sigma. In clip mode a clip has one
 sigma, in stream mode each chunk its own; the first chunk is sometimes clean, as committed frames are at run time.
 
-Half of the parts show twins: the same person, pose, camera, light and noise with two performances. Expression moves a few cells
+Most parts show twins: the same person, pose, camera, light and noise with two performances. Expression moves a few cells
 by little, so among the errors of everything else its gradient drowns, and the transformer learns to shut the controller out.
 In the difference of twins everything else cancels; its share of the loss is raised.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import weakref
 from collections.abc import Callable, Iterable
 from math import prod
@@ -98,6 +99,27 @@ class Device:
         """
         runtime = self.runtime
         self.synchronize()
+        # What is collected while a stream is captured frees its memory, which CUDA forbids then.
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            graph = self._recorded(enqueue)
+        finally:
+            if collects:
+                gc.enable()
+        owner = _Owner(runtime.cudaGraphDestroy, graph)
+        executable = self._call(runtime.cudaGraphInstantiate, graph, 0)
+        owners = owner, _Owner(runtime.cudaGraphExecDestroy, executable)
+
+        def replay(_owners=owners) -> None:
+            self._call(runtime.cudaGraphLaunch, executable, self.stream)
+
+        return replay
+
+    def _recorded(self, enqueue: Callable[[], None]) -> Any:
+        """The graph of what `enqueue` puts on the stream."""
+        runtime = self.runtime
         self._call(runtime.cudaStreamBeginCapture, self.stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             enqueue()
@@ -107,14 +129,7 @@ class Device:
         graph = self._call(runtime.cudaStreamEndCapture, self.stream)
         if graph is None or not int(graph):
             raise CudaError("the capture gave no graph")
-        owner = _Owner(runtime.cudaGraphDestroy, graph)
-        executable = self._call(runtime.cudaGraphInstantiate, graph, 0)
-        owners = owner, _Owner(runtime.cudaGraphExecDestroy, executable)
-
-        def replay(_owners=owners) -> None:
-            self._call(runtime.cudaGraphLaunch, executable, self.stream)
-
-        return replay
+        return graph
 
     def _call(self, function: Callable, *arguments: Any) -> Any:
         """What a function of CUDA's runtime returns behind its error code: nothing, a value, or a tuple."""

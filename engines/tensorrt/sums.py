@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -12,6 +13,7 @@ from factorportrait.engines.base import Call, DeviceArray
 from factorportrait.engines.tensorrt.cuda import Device
 from factorportrait.kernels import source_path
 
+_log = logging.getLogger(__name__)
 THREADS = 256  # of a block
 
 
@@ -23,24 +25,19 @@ class SumKernel:
     """
 
     def __init__(self, device: Device):
-        self._device, self._kernel, self.reason = device, None, ""
+        self._device, self.reason = device, ""
         try:
             from cuda import core
-        except ImportError as error:
-            self.reason = f"no package cuda-core: {error}"
-            return
-        gpu = core.Device(0)
-        gpu.set_current()
-        self._core, self._stream = core, core.Stream.from_handle(device.stream)
-        options = core.ProgramOptions(arch=f"sm_{gpu.arch}", std="c++17")
-        try:
+
+            gpu = core.Device(0)
+            gpu.set_current()
+            self._core, self._stream = core, core.Stream.from_handle(device.stream)
+            options = core.ProgramOptions(arch=f"sm_{gpu.arch}", std="c++17")
             program = core.Program(source_path("sum.cu").read_text(encoding="utf-8"), "c++", options)
-        except Exception as error:  # the loader of NVRTC raises types of its own
-            if "nvrtc" not in str(error).lower():
-                raise
-            self.reason = f"no NVRTC: {str(error).splitlines()[0]}"
-            return
-        self._kernel = program.compile("cubin").get_kernel("weighted_sum")
+            self._kernel = program.compile("cubin").get_kernel("weighted_sum")
+        except Exception as error:  # NVRTC, its loader and the driver raise types of their own; sums go by way of the host then
+            self.reason = (str(error).splitlines() or [type(error).__name__])[0]
+            _log.warning("steps of a chunk run one by one, their sums on the host: no kernel for them (%s)", self.reason)
 
     def bind(self, target: DeviceArray, terms: Sequence[tuple[DeviceArray, float]], first: int) -> Call:
         """See `factorportrait.engines.base.Engine.weighted_sum`. Addresses and weights go to tables on the device now."""

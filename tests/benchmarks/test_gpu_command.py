@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from factorportrait.benchmarks.gpu import EXIT_ALL_SKIPPED, summarise
+from factorportrait.benchmarks.gpu import EXIT_ALL_SKIPPED, run_benchmark, summarise
 from factorportrait.engines.tensorrt.machine import find_gpu
 
 RESULTS = """<testsuites><testsuite>
@@ -25,6 +25,15 @@ def test_summary(tmp_path):
     assert summary["counts"] == {"passed": 1, "failed": 2, "skipped": 1}
     assert summary["tests"][0] == {"test": "test_a::good[torch]", "outcome": "passed", "seconds": 0.5, "reason": ""}
     assert [test["reason"] for test in summary["tests"][1:]] == ["assert 1 == 2", "no fixture", "tensorrt needs a GPU"]
+
+
+def test_the_benchmark_is_part_of_the_summary(tmp_path):
+    """The smallest case for real, and one that does not exist: its exit code, and no report."""
+    found = run_benchmark(["smallest", "--quick"], tmp_path / "bench")
+    assert found["exit_code"] == 0 and found["folder"] == "bench"
+    assert any(result["latency"] for result in found["latency"]["results"]) and (tmp_path / "bench" / "latency.html").is_file()
+    missing = run_benchmark(["no-such-case"], tmp_path / "none")
+    assert missing["exit_code"] == 2 and missing["latency"] is None
 
 
 @pytest.mark.skipif(not isinstance(find_gpu(), str), reason="this machine has a GPU: the command itself is the test")
