@@ -1,5 +1,4 @@
-"""One command for a machine with an NVIDIA GPU: tests/gpu and the benchmark, with whatever is there of TensorRT,
-onnxruntime-gpu and PyTorch.
+"""One command for a machine with an NVIDIA GPU: tests/gpu and the benchmark, with whichever engines are there.
 
     python -m factorportrait.benchmarks.gpu [--json gpu.json] [--cases wan-1.3b-512] [pytest's arguments]
 

@@ -70,7 +70,7 @@ ROWS = (
     Row("bound buffers", "every stage writes into memory that was bound once", "onnxruntime-cpu", {}),
     Row("cache in place", "the graph updates the K/V cache where it lies", "onnxruntime-cpu", {"cache": "auto"}),
     Row("fused embedding", "conditions straight from cameras and latents in C++", "onnxruntime-cpu", {"embedding": "auto"}),
-    Row("overlap", "encoder, denoiser and decoder at the same time", "onnxruntime-cpu-stages", {}),
+    Row("overlap", "encoder, denoiser and decoder at the same time (on request)", "onnxruntime-cpu-stages", {}),
 )  # fmt: skip
 # On a GPU the engine follows its own rows of the CPU.
 DEVICE_ROWS = (
