@@ -6,9 +6,12 @@ has been recorded, none of the loop's own code runs between its steps, and whate
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
-from engine_sessions import latents_and_pictures
+from engine_sessions import drifting_pictures, driving, latents_and_pictures
 
 from factorportrait.bundle import Bundle
 from factorportrait.engines.base import host_sum, mirrored_sum
@@ -191,3 +194,18 @@ class HostApart:
 
     def copy(self, source, target):
         target[...] = source
+
+
+def test_a_session_that_is_dropped_frees_its_memory_at_once(replaying):
+    """The recorded calls hold no cycle that would keep the cache until the next collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        session = replaying.session(mode="stream", chunk_frames=2, window_frames=4, steps=2)
+        session.set_reference(drifting_pictures(1, session.config.height, session.config.width, 9)[0])
+        assert len(list(session.frames(driving(session.config, 29)))) == 29 and replaying.engine.replays
+        denoiser = weakref.ref(session._denoiser)
+        del session
+        assert denoiser() is None
+    finally:
+        gc.enable()
