@@ -3,16 +3,16 @@
 Analysis by synthesis: who is shown and in which light is known here, so what a picture shows is the 52 coefficients, head
 rotation and camera whose true render comes closest to it. Nothing is trained, and nothing comes from the model that is judged.
 
-Nothing starts at the answer either: the face is neutral, and the head is turned away from what was asked for. So a picture that
-says nothing is not read as right, and reading true renders shows what the reader itself gets wrong. Whether a head has turned or
-the camera has moved around it is told by the shoulders alone, at the lower edge: where that matters, fits start from each of both
-explanations, and the picture decides.
+The face starts neutral and the head turned away from what was asked for. So a picture that says nothing is not read as right,
+and reading true renders shows what the reader itself gets wrong. The camera does start where an explanation has it. Whether a
+head has turned or the camera has moved around it is told by the shoulders alone, at the lower edge: where that matters, fits
+start from each of both explanations, and the picture decides.
 
-Gauss-Newton on softened pictures of half the size, first for head and camera, then for everything. The derivative of a parameter
-is a difference of two renders; those of expressions are made once per moment at a neutral face for all pictures of it, and again
-for the coefficients that a picture uses. Coefficients stay within 0..1 in every solution (bounded least squares), and near 0 where
-a picture says little. Each channel may have a little gain and offset, so that a tint is no expression. Residuals count as Huber
-(1964) weighs them.
+Gauss-Newton on softened pictures of half the size, first for the head, then for the camera, then for everything. The
+derivative of a parameter is a difference of two renders; those of expressions are made once per moment at a neutral face for
+all pictures of it, and again for the coefficients that a picture uses. Coefficients stay within 0..1 in every solution
+(bounded least squares), and near 0 where a picture says little. Each channel may have a little gain and offset, so that a tint
+is no expression. Residuals count as Huber (1964) weighs them.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ class Fit:
     Args:
         motions: explanations of T moments to start from, such as the motion asked for and those of `other_splits`.
         also: moments to start from besides in every one, such as the portrait's: a picture that ignores the pose asked for
-            is then read where it is. The start that is nearest once head and camera are fitted counts.
+            is then read where it is. The start that is nearest once its head is fitted counts.
     """
 
     def __init__(
