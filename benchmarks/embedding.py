@@ -5,6 +5,7 @@ All ways compute the same tokens from the same cameras and pose latents, interle
 * plain: rays in float32, pack, concatenate with zero reference and noise, Conv3d;
 * hoisted: only camera and pose channels, rays concatenated with the latents, Conv2d per latent frame;
 * linear: the same, patches unfolded and multiplied with `F.linear`;
+* compiled: `linear` through `torch.compile` (left out, with a line that says so, where there is no C++ compiler for it);
 * fused: `factorportrait.runtime.embedding`.
 
 The roofline is the slower of two things that this run measures on its own: the matrix product with the inputs of a
@@ -31,6 +32,7 @@ import numpy as np
 from factorportrait.runtime.embedding import FusedEmbedding, implementation
 
 LATENT_CHANNELS = 16
+TORCH_WAYS = ("plain", "hoisted", "linear", "compiled")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="write the JSON here too")
-    parser.add_argument("--peak", choices=("plain", "hoisted", "linear", "fused"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=(*TORCH_WAYS, "fused"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
         print(peak_bytes(options))
@@ -130,7 +132,7 @@ def torch_ways(inputs: dict, stride: int = 8) -> dict[str, Callable[[], object]]
         )
         return F.linear(patches, flat_weight, bias)
 
-    return {"plain": plain, "hoisted": hoisted, "linear": linear}
+    return dict(zip(TORCH_WAYS, (plain, hoisted, linear, torch.compile(linear, dynamic=False)), strict=True))
 
 
 def make_fused(inputs: dict, threads: int) -> FusedEmbedding:
@@ -164,6 +166,14 @@ def measure(slots: int, camera: int, options: argparse.Namespace) -> dict:
     ways = torch_ways(inputs)
     with torch.inference_mode():
         expected = ways["plain"]().numpy()
+        try:
+            largest = float(np.abs(ways["compiled"]().numpy() - expected).max())
+            if not largest <= 1e-3 * np.abs(expected).max():
+                raise RuntimeError(f"torch.compile's tokens differ from the plain ones by {largest}")
+        except torch._inductor.exc.InductorError as error:
+            print(f"no row compiled: {str(error).splitlines()[0]}")
+            del ways["compiled"]
+        formulations = tuple(ways)
         error = float(np.abs(embed(None)() - expected).max() / np.abs(expected).max())
         reused = embed(None)()  # on a 64-byte line, as torch's own
         ways |= {
@@ -191,8 +201,8 @@ def measure(slots: int, camera: int, options: argparse.Namespace) -> dict:
     def share(bests: dict[str, float], product_name: str) -> float:
         return max(bests[product_name], bests["write"]) / bests["fused_out"]
 
-    best_torch = min(("plain", "hoisted", "linear"), key=median_ms.__getitem__)
-    peaks = {name: run_peak(name, slots, camera, options) for name in ("plain", "hoisted", "linear", "fused")}
+    best_torch = min(formulations, key=median_ms.__getitem__)
+    peaks = {name: run_peak(name, slots, camera, options) for name in (*formulations, "fused")}
     return {
         "slots": slots,
         "camera_channels": camera,
@@ -255,6 +265,8 @@ def peak_bytes(options: argparse.Namespace) -> int:
 
     way(small)()  # libraries load and start their threads outside of the measurement
     call = way(inputs)
+    if options.peak == "compiled":
+        call()  # the compiler's own memory is not the call's
     Path("/proc/self/clear_refs").write_text(
         "5", encoding="ascii"
     )  # the highest size starts again from the present one

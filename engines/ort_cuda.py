@@ -26,7 +26,7 @@ class OrtCudaRunner:
     """One graph on the GPU. With CUDA graphs, ONNX Runtime captures each bound call after its first runs and then replays it."""
 
     def __init__(self, spec: StageSpec, path: Path, cuda: Device, graph_ids: Iterable[int] | None):
-        self.spec, self._graph_ids = spec, graph_ids
+        self.spec, self._graph_ids, self._cuda = spec, graph_ids, cuda
 
         def opened(graphs: bool) -> onnxruntime.InferenceSession:
             options = {"device_id": 0, "user_compute_stream": str(cuda.stream), "enable_cuda_graph": str(int(graphs))}
@@ -52,7 +52,8 @@ class OrtCudaRunner:
     def bind(self, inputs: Buffers, outputs: Buffers) -> Call:
         """See `factorportrait.engines.base.Runner.bind`."""
         check_buffers(self.spec, inputs, outputs)
-        session, binding, options = self._session, self._session.io_binding(), onnxruntime.RunOptions()
+        session, lock = self._session, self._cuda.lock
+        binding, options = session.io_binding(), onnxruntime.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if self._graph_ids is not None:
             # A captured graph has fixed addresses, so every bound call has one of its own.
@@ -63,7 +64,8 @@ class OrtCudaRunner:
             binding.bind_output(name, "cuda", 0, np.dtype(array.dtype).type, array.shape, array.address)
 
         def call(_memory=(dict(inputs), dict(outputs))) -> None:
-            session.run_with_iobinding(binding, options)
+            with lock:  # the first runs are captured
+                session.run_with_iobinding(binding, options)
 
         return call
 

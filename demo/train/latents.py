@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from demo.train.data import ClipStore, to_unit
+from demo.train.expression import MIRROR
 from factorportrait.export.models.patch_vae import PatchVAE
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.media.camera import ray_maps
@@ -108,6 +109,26 @@ def encode_shard(
     }
 
 
+def mirrored(shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of a shard (see `demo.dataset`) -> those that `encode_shard` needs of the same clips seen in a mirror.
+
+    The world is reflected in the plane x = 0 of the head, which makes other people of these: left is right in hair, light and
+    performance. Pictures, cameras, normals, actions and boxes stay exact.
+    """
+    width = shard["frames"].shape[3]
+    out = {name: shard[name][..., ::-1, :] for name in ("frames", "twin_frames", "normals", "portrait")}
+    normals = out["normals"].copy()
+    covered = normals.any(-1)
+    normals[covered, 0] = 255 - normals[covered, 0]
+    K, flip = shard["K"].copy(), np.diag([-1.0, 1.0, 1.0, 1.0])
+    K[..., 0, 2] = width - K[..., 0, 2]
+    left, top, right, bottom = np.moveaxis(shard["face_boxes"], -1, 0)
+    boxes = np.stack([width - right, top, width - left, bottom], -1)
+    actions = {name: shard[name][..., MIRROR] for name in ("coefficients", "twin_coefficients")}
+    return {**out, **actions, "normals": normals, "K": K, "c2w": flip @ shard["c2w"] @ flip, "face_boxes": boxes,
+            "kind": shard["kind"]}  # fmt: skip
+
+
 def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_name(f"{path.name}.part.{os.getpid()}")
     with temporary.open("wb") as file:
@@ -116,10 +137,10 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 class LatentStore:
-    """All encoded shards of a folder in memory; `refresh` adds new ones."""
+    """All encoded shards of a folder in memory; `refresh` adds new ones. pattern: of their names."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, pattern: str = "shard-*.npz"):
+        self.folder, self.pattern = folder, pattern
         self._read: list[Path] = []
         self._arrays: dict[str, list[np.ndarray]] = {}
         self._places: list[tuple[int, int]] = []
@@ -129,7 +150,7 @@ class LatentStore:
         return len(self._places)
 
     def refresh(self) -> None:
-        for path in sorted(self.folder.glob("shard-*.npz")):
+        for path in sorted(self.folder.glob(self.pattern)):
             if path in self._read:
                 continue
             with np.load(path) as archive:

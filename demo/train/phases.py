@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from demo.presets import MODEL, PhaseSettings, Preset
+from demo.train import decoder as decoder_phase
 from demo.train import dit as dit_phase
 from demo.train import expression as expression_phase
 from demo.train import latents as latents_phase
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 REFRESH_STEPS = 50  # between two looks for new shards
 INITIAL_CODE_SIZE = 0.1  # of the encoder's output, of unit variance later
 LATENT_SPLITS = ("val", "train")
+DECODER_SHARDS = {"val": 1, "train": 16}  # that the decoder's last phase generates
+UNMIRRORED = "shard-?????.npz"
 
 
 @dataclass
@@ -185,7 +188,7 @@ def assemble(job: Job) -> FactorPortrait:
     model.expression["controller"].neutral_code.copy_(neutral)
     if (job.work / "dit.pt").exists():
         model.load_state_dict(averaged(job, "dit"))  # holds the other networks as they were then
-    model.vae.load_state_dict(averaged(job, "vae"))
+    model.vae.load_state_dict(averaged(job, "decoder" if (job.work / "decoder.pt").exists() else "vae"))
     model.expression.load_state_dict(averaged(job, "expression"), strict=False)
     return model
 
@@ -228,10 +231,14 @@ def run_latents(job: Job) -> None:
     vae.load_state_dict(averaged(job, "vae"))
 
     def encode(split: str, name: str, shard: dict[str, np.ndarray]) -> None:
-        path = job.work / "latents" / split / f"{name}.npz"
-        if not path.exists() and not job.out_of_time:
-            latents_phase.write_shard(path, latents_phase.encode_shard(vae, shard, config, job.device))
-            log.info("latents of %s/%s", split, name)
+        versions = {name: lambda: shard}
+        if split == "train":
+            versions[f"{name}-mirrored"] = lambda: latents_phase.mirrored(shard)
+        for version, arrays in versions.items():
+            path = job.work / "latents" / split / f"{version}.npz"
+            if not path.exists() and not job.out_of_time:
+                latents_phase.write_shard(path, latents_phase.encode_shard(vae, arrays(), config, job.device))
+                log.info("latents of %s/%s", split, version)
 
     if job.preset.workers > 1:
         torch.set_num_threads(1)
@@ -258,6 +265,56 @@ def run_dit(job: Job) -> None:
         return {**dit_phase.validate(model, val, basis, job.device), "clips": len(train)}
 
     trainer.run(part_loss, validate, refresher(train))
+
+
+def generate_shards(job: Job) -> None:
+    """Latents that the transformer makes of the first shards; run it again when there are more."""
+    basis, model = code_basis(job), assemble(job).eval()
+    tasks = []
+    for split, count in DECODER_SHARDS.items():
+        folder = decoder_phase.generated_folder(job.work, split)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = sorted((job.work / "latents" / split).glob(UNMIRRORED))[:count]
+        tasks += [(path, folder / path.name) for path in paths if not (folder / path.name).exists()]
+
+    def generate(task: tuple[Path, Path]) -> None:
+        source, target = task
+        if not job.out_of_time:
+            store = latents_phase.LatentStore(source.parent, source.name)
+            latents = decoder_phase.generate(model, store, basis, range(len(store)), job.device)
+            latents_phase.write_shard(target, {"latents": latents})
+            log.info("generated %s/%s", target.parent.name, target.name)
+
+    if job.preset.workers > 1:
+        torch.set_num_threads(1)
+    with ThreadPoolExecutor(job.preset.workers) as pool:
+        list(pool.map(generate, tasks))
+
+
+def run_decoder(job: Job) -> None:
+    generate_shards(job)
+    if job.out_of_time:
+        return
+    vae = PatchVAE(config_with_statistics(job).vae).to(job.device)
+    vae.load_state_dict(averaged(job, "vae"))
+    vae_phase.train_only_decoder(vae)
+    settings, preset = job.settings(job.preset.decoder), job.preset
+    trainer = Trainer("decoder", vae, settings, job.work, preset.seed, vae_phase.is_matrix, preset.workers, job.deadline)
+    trainer.resume()
+    stores = {
+        split: (
+            latents_phase.LatentStore(decoder_phase.generated_folder(job.work, split)),
+            latents_phase.LatentStore(job.work / "latents" / split, UNMIRRORED),
+            job.store(split),
+        )
+        for split in LATENT_SPLITS
+    }
+
+    def part_loss(vae, draw, part):
+        pairs = decoder_phase.sample_pairs(*stores["train"], draw, settings.batch, MODEL.vae.cell_size, job.device)
+        return decoder_phase.decoder_loss(vae, *pairs)
+
+    trainer.run(part_loss, lambda vae: decoder_phase.validate(vae, *stores["val"], job.device))
 
 
 def run_export(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from math import prod
@@ -23,6 +24,10 @@ class CudaError(RuntimeError):
 class Device:
     """The first GPU and the stream on which everything of an engine runs, so that work is done in the order of the calls.
 
+    Attributes:
+        lock: held by whoever puts something on the stream. While one thread records a graph, what another one enqueued would
+            become a part of it.
+
     Raises:
         UserError: the package cuda-python is not installed.
         CudaError: the GPU does not answer.
@@ -33,7 +38,7 @@ class Device:
             from cuda.bindings import runtime
         except ImportError as error:
             raise UserError("TensorRT", expected="the package cuda-python", found="none", action=INSTALL_HINT) from error
-        self.runtime = runtime
+        self.runtime, self.lock = runtime, threading.RLock()
         self._call(runtime.cudaSetDevice, 0)
         # Not the default stream, which waits for all others and cannot be captured.
         self.stream = int(self._call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking))
@@ -59,7 +64,8 @@ class Device:
                 action="end other programs that use the GPU (nvidia-smi lists them), or take a smaller window or an int8 bundle",
             ) from error  # fmt: skip
         array = DeviceArray(address, shape, dtype, _Owner(self.runtime.cudaFree, address))
-        self._call(self.runtime.cudaMemsetAsync, address, 0, num_bytes, self.stream)
+        with self.lock:
+            self._call(self.runtime.cudaMemsetAsync, address, 0, num_bytes, self.stream)
         return array
 
     def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -78,13 +84,15 @@ class Device:
         addresses = [
             array.address if isinstance(array, DeviceArray) else array.ctypes.data for array in (target, source)
         ]
-        self._call(self.runtime.cudaMemcpyAsync, *addresses, source.nbytes, kind, self.stream)
+        with self.lock:
+            self._call(self.runtime.cudaMemcpyAsync, *addresses, source.nbytes, kind, self.stream)
         if isinstance(source, np.ndarray) or isinstance(target, np.ndarray):
             self.synchronize()
 
     def synchronize(self) -> None:
         """Wait for all work so far."""
-        self._call(self.runtime.cudaStreamSynchronize, self.stream)
+        with self.lock:  # a stream that is being captured cannot be waited for
+            self._call(self.runtime.cudaStreamSynchronize, self.stream)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the GPU."""
@@ -98,22 +106,24 @@ class Device:
             CudaError: something in it cannot be captured.
         """
         runtime = self.runtime
-        self.synchronize()
-        # What is collected while a stream is captured frees its memory, which CUDA forbids then.
-        gc.collect()
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            graph = self._recorded(enqueue)
-        finally:
-            if collects:
-                gc.enable()
+        with self.lock:
+            self.synchronize()
+            # What is collected while a stream is captured frees its memory, which CUDA forbids then.
+            gc.collect()
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                graph = self._recorded(enqueue)
+            finally:
+                if collects:
+                    gc.enable()
         owner = _Owner(runtime.cudaGraphDestroy, graph)
         executable = self._call(runtime.cudaGraphInstantiate, graph, 0)
         owners = owner, _Owner(runtime.cudaGraphExecDestroy, executable)
 
         def replay(_owners=owners) -> None:
-            self._call(runtime.cudaGraphLaunch, executable, self.stream)
+            with self.lock:
+                self._call(runtime.cudaGraphLaunch, executable, self.stream)
 
         return replay
 

@@ -241,6 +241,10 @@ class _Call:
         self._warm, self._replay = False, None
 
     def __call__(self) -> None:
+        with self._engine.cuda.lock:  # of whoever records a chunk, `in_chunk` is no other thread's business
+            self._run()
+
+    def _run(self) -> None:
         if self._engine.in_chunk:
             self._enqueue()
             self._warm = True

@@ -54,7 +54,8 @@ class SumKernel:
         )  # fmt: skip
 
         def call(_memory: Any = (sources, weights, target, terms)) -> None:
-            self._core.launch(self._stream, config, self._kernel, *arguments)
+            with self._device.lock:
+                self._core.launch(self._stream, config, self._kernel, *arguments)
 
         return call
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from demo.presets import CPU, MODEL, DiTSettings, PhaseSettings
+from demo.train import decoder as decoder_phase
 from demo.train import phases
 from demo.train import vae as vae_phase
 from demo.train.__main__ import PHASES
@@ -28,7 +29,7 @@ from demo.train.dit import (
     train_only_transformer,
 )
 from demo.train.expression import MIRROR, CodeBasis, random_basis
-from demo.train.latents import LatentStore, group_frames, pack_rays, write_shard
+from demo.train.latents import LatentStore, encode_shard, group_frames, mirrored, pack_rays, write_shard
 from demo.train.muon import orthogonalise
 from demo.train.sampling import euler, sample_clip, sample_stream
 from demo.train.trainer import Draw, Trainer, learning_rate
@@ -209,6 +210,113 @@ def toy_store(folder: Path, clips: int = 3) -> LatentStore:
         },
     )
     return LatentStore(folder)
+
+
+def toy_shard(clips: int = 2, frames: int = 9, size: int = 32) -> dict[str, np.ndarray]:
+    """What `demo.dataset` writes of a clip, as far as training reads it; half of every normal map is background."""
+    rng = np.random.default_rng(1)
+
+    def pictures(*shape: int) -> np.ndarray:
+        return rng.integers(0, 256, (*shape, size, size, 3), dtype=np.uint8)
+
+    normals = pictures(clips, frames)
+    normals[..., : size // 2, :] = 0
+    c2w = np.tile(np.eye(4), (clips, frames, 1, 1))
+    c2w[..., :3, :3] = np.linalg.qr(rng.standard_normal((clips, frames, 3, 3)))[0]
+    c2w[..., :3, 3] = rng.standard_normal((clips, frames, 3))
+    K = np.tile(np.array([[40.0, 0, 17.5], [0, 42.0, 15.0], [0, 0, 1]]), (clips, frames, 1, 1))
+    low = rng.uniform(0, 20, (clips, frames, 3, 2))
+    return {
+        "frames": pictures(clips, frames), "twin_frames": pictures(clips, frames), "normals": normals,
+        "portrait": pictures(clips), "K": K, "c2w": c2w, "kind": np.zeros(clips, np.int8),
+        "face_boxes": np.concatenate([low, low + 6], -1).astype(np.float32),
+        "coefficients": rng.random((clips, frames, 52)).astype(np.float32),
+        "twin_coefficients": rng.random((clips, frames, 52)).astype(np.float32),
+    }  # fmt: skip
+
+
+def test_a_mirror_image_is_the_same_world_reflected():
+    """Pictures, boxes and rays are those of the reflected world, left actions are right ones; twice is the clip itself."""
+    shard = toy_shard()
+    other = mirrored(shard)
+    np.testing.assert_array_equal(other["frames"], shard["frames"][:, :, :, ::-1])
+    np.testing.assert_array_equal(other["portrait"], shard["portrait"][:, :, ::-1])
+    assert ARKIT_NAMES[MIRROR[ARKIT_NAMES.index("jawLeft")]] == "jawRight"
+    np.testing.assert_array_equal(
+        other["coefficients"][..., ARKIT_NAMES.index("jawLeft")], shard["coefficients"][..., ARKIT_NAMES.index("jawRight")]
+    )
+    back = other["normals"][:, :, :, ::-1]
+    np.testing.assert_array_equal(back[..., 1:], shard["normals"][..., 1:])
+    covered = shard["normals"].any(-1)
+    assert (back[..., 0][covered] == 255 - shard["normals"][..., 0][covered]).all() and not back[~covered].any()
+    rays, mirror_rays = (pack_rays(a["K"][0], a["c2w"][0], TOY).reshape(4, 6, 3, 4, 4) for a in (shard, other))
+    signs = np.array([1, -1, -1, -1, 1, 1]).reshape(1, 6, 1, 1, 1)  # o x d turns like an axis, d like a direction
+    np.testing.assert_allclose(mirror_rays[..., ::-1], signs * rays, atol=1e-6)
+    point, mirror_point = np.array([0.3, -0.2, 1.5]), np.array([-0.3, -0.2, 1.5])
+
+    def pixel(arrays: dict[str, np.ndarray], position: np.ndarray) -> np.ndarray:
+        c2w = arrays["c2w"][1, 2]
+        projected = arrays["K"][1, 2] @ (np.linalg.inv(c2w) @ [*position, 1])[:3]
+        return projected[:2] / projected[2]
+
+    x, y = pixel(shard, point)
+    np.testing.assert_allclose(pixel(other, mirror_point), (32 - x, y))
+    for name, values in mirrored(other).items():
+        np.testing.assert_allclose(values, shard[name], atol=1e-4, err_msg=name)
+    vae = PatchVAE(TOY.vae).eval()
+    encoded, reflected = (encode_shard(vae, a, TOY, torch.device("cpu")) for a in (shard, other))
+    np.testing.assert_array_equal(reflected["weights"], encoded["weights"][..., ::-1])
+    assert {name: a.shape for name, a in encoded.items()} == {name: a.shape for name, a in reflected.items()}
+
+
+class Pictures:
+    """`ClipStore.get` of arrays."""
+
+    def __init__(self, shard: dict[str, np.ndarray]):
+        self.shard = shard
+
+    def get(self, clip: int, name: str) -> np.ndarray:
+        return self.shard[name][clip]
+
+
+def test_the_decoder_sees_pictures_and_the_latents_that_made_them(tmp_path):
+    """A latent frame's crop lies where its four pictures lie: its encoder's linear inverse says so."""
+    shard = toy_shard(clips=2, frames=13, size=128)
+    vae = PatchVAE(replace(TOY.vae, z_dim=768)).eval()
+    with torch.no_grad():  # an encoder that keeps every pixel, and its inverse
+        vae.encoder.weight.copy_(torch.eye(768).view_as(vae.encoder.weight))
+        vae.encoder.bias.zero_()
+        rows = torch.arange(768).view(3, 4, 8, 8).transpose(0, 1).flatten()
+        vae.decoder.inverse.weight.copy_(torch.eye(768)[rows, :, None, None])
+        vae.decoder.inverse.bias.zero_()
+        frames = torch.from_numpy(shard["frames"]).movedim(-1, 1).float() / 127.5 - 1
+        latents = vae.encode_whole(frames).numpy()
+    for name in ("clean", "generated"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "shard-00000.npz", {"latents": latents + (name == "generated")})
+    generated, clean = (LatentStore(tmp_path / name) for name in ("generated", "clean"))
+    for step in range(6):
+        pairs = decoder_phase.sample_pairs(
+            generated, clean, Pictures(shard), Draw(0, "test", step, 0), 3, 8, torch.device("cpu")
+        )
+        latents, truth, weights = pairs
+        assert latents.shape == (3, 768, 3, 8, 8) and truth.shape == (3, 3, 9, 64, 64) and weights.shape == (3, 1, 9, 64, 64)
+        decoded = vae.decode_whole(latents).detach()
+        shift = (decoded - truth).flatten(1).mean(1).round()  # 1 where the crop was a generated one
+        assert set(shift.tolist()) <= {0.0, 1.0}
+        torch.testing.assert_close(decoded - shift.view(-1, 1, 1, 1, 1), truth, atol=1e-5, rtol=0)
+        loss, metrics = decoder_phase.decoder_loss(vae, *pairs)
+        assert (loss < 1e-5) == (shift.sum() == 0) and math.isfinite(metrics["psnr"])
+
+
+def test_generated_latents_are_those_of_a_stream(tmp_path):
+    torch.manual_seed(0)
+    model, store = FactorPortrait(TOY).eval(), toy_store(tmp_path)
+    basis = toy_basis()
+    made = decoder_phase.generate(model, store, basis, range(3), torch.device("cpu"))
+    assert made.shape == (3, 16, 8, 4, 4) and made.dtype == np.float16 and np.isfinite(made).all()
+    assert np.abs(made - made[:1]).max() > 0
+    np.testing.assert_array_equal(made, decoder_phase.generate(model, store, basis, range(3), torch.device("cpu")))
 
 
 def test_transformer_learns_and_only_what_it_should(tmp_path):

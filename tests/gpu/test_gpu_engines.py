@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from engine_sessions import latents_and_pictures
@@ -72,6 +74,24 @@ def test_a_new_portrait_after_the_capture(open_on, engine, precision):
     fresh, _ = latents_and_pictures(opened, 29, portrait_seed=2, cache="inplace", **STREAM)
     assert error(second, fresh) <= LIMITS[precision] / 10
     assert error(first, second) > 1e-2
+
+
+@pytest.mark.parametrize(("engine", "precision"), [pair for pair in ENGINES if pair[0] != "torch"])
+def test_two_sessions_in_two_threads(open_on, engine, precision):
+    """They share an engine, its stream and its scratch memory, and capture while the other one computes."""
+    opened, found = open_on(engine, precision, False), {}
+
+    def draw(seed):
+        found[seed] = latents_and_pictures(opened, 45, portrait_seed=seed, cache="inplace", **STREAM)[0]
+
+    workers = [threading.Thread(target=draw, args=(seed,)) for seed in (1, 2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for seed in (1, 2):
+        alone, _ = latents_and_pictures(opened, 45, portrait_seed=seed, cache="inplace", **STREAM)
+        assert error(found[seed], alone) <= LIMITS[precision] / 10
 
 
 @pytest.mark.parametrize(("engine", "precision"), ENGINES)
