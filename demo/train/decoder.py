@@ -52,11 +52,18 @@ def generate(
 
 
 def sample_pairs(
-    generated: LatentStore, clean: LatentStore, pictures: ClipStore, draw: Draw, count: int, cell: int, device: torch.device
+    generated: LatentStore,
+    clean: LatentStore,
+    pictures: ClipStore,
+    draw: Draw,
+    count: int,
+    cell: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random crops -> latents [B, C, 3, 8, 8], their true frames [B, 3, 9, S, S] in -1..1, pixel weights [B, 1, 9, S, S].
+    """Random crops -> latents [B, C, 3, 8, 8], true frames [B, 3, 9, S, S] in -1..1, pixel weights [B, 1, 9, S, S].
 
-    Of the first latent frame the last picture is shown, as at the start of a video. `clean` and `pictures` start with the clips of `generated`.
+    Of the first latent frame the last picture is shown, as at the start of a video. `clean` and `pictures` start with the
+    clips of `generated`.
     """
     rng, side = draw.rng, CROP_CELLS * cell
     latents, frames, weights = [], [], []

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 REFRESH_STEPS = 50  # between two looks for new shards
 INITIAL_CODE_SIZE = 0.1  # of the encoder's output, of unit variance later
 LATENT_SPLITS = ("val", "train")
-DECODER_SHARDS = {"val": 1, "train": 16}  # that the decoder's last phase generates
+DECODER_SHARDS = {"val": 1, "train": 8}  # that the decoder's last phase generates
 UNMIRRORED = "shard-?????.npz"
 
 
@@ -202,7 +202,7 @@ def run_init(job: Job, checkpoint: Path) -> None:
         CheckpointError: the checkpoint is of another size than the presets', or of another seed.
         UserError: the work folder has states already.
     """
-    names = ("vae.pt", "expression.pt", "dit.pt", "latent_stats.json", "latents", "code_basis.pt")
+    names = ("vae.pt", "expression.pt", "dit.pt", "decoder.pt", "generated", "latent_stats.json", "latents", "code_basis.pt")
     existing = [name for name in names if (job.work / name).exists()]
     if existing:
         raise UserError(
@@ -268,14 +268,16 @@ def run_dit(job: Job) -> None:
 
 
 def generate_shards(job: Job) -> None:
-    """Latents that the transformer makes of the first shards; run it again when there are more."""
-    basis, model = code_basis(job), assemble(job).eval()
+    """Latents that the transformer makes of the first shards, and makes again when it has been trained further."""
+    basis, model, trained = code_basis(job), assemble(job).eval(), (job.work / "dit.pt").stat().st_mtime
     tasks = []
     for split, count in DECODER_SHARDS.items():
         folder = decoder_phase.generated_folder(job.work, split)
         folder.mkdir(parents=True, exist_ok=True)
         paths = sorted((job.work / "latents" / split).glob(UNMIRRORED))[:count]
-        tasks += [(path, folder / path.name) for path in paths if not (folder / path.name).exists()]
+        targets = [folder / path.name for path in paths]
+        stale = [not target.exists() or target.stat().st_mtime < trained for target in targets]
+        tasks += [task for task, old in zip(zip(paths, targets, strict=True), stale, strict=True) if old]
 
     def generate(task: tuple[Path, Path]) -> None:
         source, target = task

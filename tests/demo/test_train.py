@@ -469,11 +469,12 @@ def test_every_phase_from_clips_to_figures(tmp_path, monkeypatch):
     from demo.dataset import render_dataset
 
     monkeypatch.setattr(vae_phase, "CROP_SIDE", 16)
+    monkeypatch.setattr(decoder_phase, "CROP_CELLS", 3)
     for split in ("train", "val", "test"):
         render_dataset(tmp_path / "data" / split, 2, 29, 32, split=split)
     job = toy_job(monkeypatch, tmp_path / "work")
     short = {"steps": 2, "parts": 1, "batch": 4, "validate_every": 1}
-    changed = {name: replace(getattr(CPU, name), **short) for name in ("vae", "expression", "dit")}
+    changed = {name: replace(getattr(CPU, name), **short) for name in ("vae", "expression", "dit", "decoder")}
     job.preset, job.data = replace(job.preset, **changed), tmp_path / "data"
     job.clips, job.deadline = 1, time.monotonic()
     phases.run_vae(job)
@@ -485,6 +486,13 @@ def test_every_phase_from_clips_to_figures(tmp_path, monkeypatch):
     assert np.isfinite(json.loads((job.work / "metrics.json").read_text())["means"]["clip_shift_1"]["psnr"])
     curves = [json.loads(line) for line in (job.work / "dit.jsonl").read_text().splitlines()]
     assert [line["step"] for line in curves if "val_expression_followed" in line] == [1, 2]
+    names = {split: sorted(path.name for path in (job.work / "latents" / split).iterdir()) for split in ("train", "val")}
+    assert names == {"train": ["shard-00000-mirrored.npz", "shard-00000.npz"], "val": ["shard-00000.npz"]}
+    tuned, plain = (phases.averaged(job, phase) for phase in ("decoder", "vae"))
+    moved = {name.split(".")[0] for name, values in plain.items() if not torch.equal(values, tuned[name])}
+    assert moved == {"decoder"}
+    shipped = load_checkpoint(job.out).vae.state_dict()
+    assert all(torch.equal(values.half(), shipped[name].half()) for name, values in tuned.items())
 
 
 class MovingTexture:
