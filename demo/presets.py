@@ -112,7 +112,7 @@ CPU = Preset(
     workers=2,
     device="cpu",
     vae=PhaseSettings(steps=6000, minutes=8.0, parts=2, batch=9, learning_rate=2e-3),
-    expression=PhaseSettings(steps=3000, parts=2, batch=24, learning_rate=1e-3),
+    expression=PhaseSettings(steps=20000, minutes=25.0, parts=2, batch=24, learning_rate=1e-3, cooldown=0.5),
     dit=DiTSettings(steps=12000, minutes=106.0, parts=2, batch=24, learning_rate=2e-3, cooldown=0.85),
     decoder=PhaseSettings(steps=3000, minutes=8.0, parts=2, batch=5, learning_rate=1e-3, cooldown=0.7),
 )

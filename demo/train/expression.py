@@ -156,11 +156,17 @@ def jitter(images: Tensor, draw: Draw) -> Tensor:
 
 
 def sample_images(store: ClipStore, draw: Draw, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pictures [B, 3, H, W] of `count` different moments, and their coefficients [B, 52]."""
+    """Pictures [B, 3, H, W] of `count` different moments of both performances, and their coefficients [B, 52]."""
     rng = draw.rng
-    places = [(int(rng.integers(len(store))), int(rng.integers(len(store.get(0, "frames"))))) for _ in range(count)]
-    pictures = np.stack([store.get(clip, "frames")[frame] for clip, frame in places])
-    coefficients = np.stack([store.get(clip, "coefficients")[frame] for clip, frame in places])
+    places = []
+    for _ in range(count):
+        clip, frame = int(rng.integers(len(store))), int(rng.integers(len(store.get(0, "frames"))))
+        twin = draw.chance(0.5) and store.has(clip, "twin_frames")
+        places.append(("twin_" if twin else "", clip, frame))
+    pictures, coefficients = (
+        np.stack([store.get(clip, version + name)[frame] for version, clip, frame in places])
+        for name in ("frames", "coefficients")
+    )
     return to_unit(pictures[:, None], device)[:, :, 0], torch.from_numpy(coefficients).float().to(device)
 
 
