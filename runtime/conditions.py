@@ -155,19 +155,16 @@ class GraphEmbedder:
     Args:
         dropped: per condition set the factors that are taken away.
         tokens: per set the buffer [1, F, T, D] that is written.
-        is_reference: the slot of the reference, fed with its latents; else latent frames, fed with pose and rays.
+        given: of the graph's inputs those that these slots hold; the others are zero.
     """
 
     def __init__(
-        self, config: ModelConfig, engine: Engine, dropped: Sequence[frozenset[str]], tokens: Sequence[Buffer], is_reference: bool
+        self, config: ModelConfig, engine: Engine, dropped: Sequence[frozenset[str]], tokens: Sequence[Buffer], given: Sequence[str]
     ):
         self._config = config
         runner = engine.load("condition_embed")
         sizes = {"F": tokens[0].shape[1]}
         zeros, fed = (allocate(engine, runner.spec.inputs, sizes) for _ in range(2))
-        given = ["reference_latents"] if is_reference else ["pose_latents", "rays"]
-        if config.fusion.reference_slots == "all" and not is_reference:
-            given.append("reference_latents")
         self._fed = {name: Mirrored(engine, fed[name]) for name in given}
         self._calls = []
         for drops, target in zip(dropped, tokens, strict=True):
@@ -335,11 +332,12 @@ class ConditionBuilder:
             for side in self._buffers(first + num_frames)
         )
         dropped = self.guidance.dropped
+        of_reference = ["reference_latents"] if is_reference or self.config.fusion.reference_slots == "all" else []
+        of_frames = [] if is_reference else ["pose_latents", "rays"]
         if self._fused is None:
-            embedder = GraphEmbedder(self.config, self.engine, dropped, tokens, is_reference)
+            embedder = GraphEmbedder(self.config, self.engine, dropped, tokens, of_reference + of_frames)
         else:
-            in_frames = self.config.fusion.reference_slots == "all" and not is_reference
-            embedder = FusedEmbedder(self._fused, self.engine, dropped, tokens, in_frames)
+            embedder = FusedEmbedder(self._fused, self.engine, dropped, tokens, bool(of_reference and of_frames))
         if self._reference is not None:
             embedder.set_reference(self._reference)
         kept = [
