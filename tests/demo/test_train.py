@@ -15,6 +15,7 @@ from torch import nn
 
 from demo.presets import CPU, MODEL, DiTSettings, PhaseSettings
 from demo.train import decoder as decoder_phase
+from demo.train import expression as expression_phase
 from demo.train import phases
 from demo.train import vae as vae_phase
 from demo.train.__main__ import PHASES
@@ -401,6 +402,37 @@ def test_stream_of_one_chunk_equals_the_masked_clip():
 def toy_basis() -> CodeBasis:
     random = torch.randn(128, 52, generator=torch.Generator().manual_seed(0))
     return CodeBasis(torch.rand(52), torch.rand(52) + 0.1, torch.linalg.qr(random)[0].T)
+
+
+def test_the_encoder_sees_both_performances_with_their_own_coefficients():
+    """Pictures are as bright as their first coefficient says; where there are no twins, none are asked for."""
+    amounts = {name: np.random.default_rng(i).integers(0, 256, (3, 5)) for i, name in enumerate(("", "twin_"))}
+
+    class Store:
+        twins = True
+
+        def __len__(self):
+            return 3
+
+        def get(self, clip, name):
+            version = "twin_" if name.startswith("twin_") else ""
+            amount = amounts[version][clip]
+            if name.endswith("frames"):
+                return np.broadcast_to(amount[:, None, None, None], (5, 4, 4, 3)).astype(np.uint8)
+            return np.broadcast_to(amount[:, None] / 255, (5, 52)).astype(np.float32)
+
+        def has(self, clip, name):
+            return self.twins
+
+    store, draw = Store(), Draw(0, "test", 0, 0)
+    images, coefficients = expression_phase.sample_images(store, draw, 64, torch.device("cpu"))
+    assert images.shape == (64, 3, 4, 4) and coefficients.shape == (64, 52)
+    torch.testing.assert_close((images[:, 0, 0, 0] + 1) / 2, coefficients[:, 0], atol=1e-6, rtol=0)
+    drawn = {round(255 * float(value)) for value in coefficients[:, 0]}
+    assert drawn & set(amounts[""].flatten()) and drawn & set(amounts["twin_"].flatten()) - set(amounts[""].flatten())
+    store.twins = False
+    _, coefficients = expression_phase.sample_images(store, Draw(0, "test", 0, 0), 64, torch.device("cpu"))
+    assert {round(255 * float(value)) for value in coefficients[:, 0]} <= set(amounts[""].flatten())
 
 
 def test_code_basis_probe_inverts_the_code():
