@@ -85,7 +85,6 @@ class Preset:
     vae: PhaseSettings
     expression: PhaseSettings
     dit: DiTSettings
-    decoder: PhaseSettings
     seed: int = 0
 
 
@@ -113,8 +112,7 @@ CPU = Preset(
     device="cpu",
     vae=PhaseSettings(steps=6000, minutes=8.0, parts=2, batch=9, learning_rate=2e-3),
     expression=PhaseSettings(steps=20000, minutes=25.0, parts=2, batch=24, learning_rate=1e-3, cooldown=0.5),
-    dit=DiTSettings(steps=12000, minutes=106.0, parts=2, batch=24, learning_rate=2e-3, cooldown=0.85),
-    decoder=PhaseSettings(steps=3000, minutes=8.0, parts=2, batch=5, learning_rate=1e-3, cooldown=0.7),
+    dit=DiTSettings(steps=12000, minutes=250.0, parts=2, batch=24, learning_rate=2e-3, cooldown=0.85),
 )
 # Together 22 minutes; --stop-after cuts them into runs.
 GPU = replace(
@@ -124,7 +122,6 @@ GPU = replace(
     device="cuda",
     vae=replace(CPU.vae, steps=20000, minutes=4.0, parts=1, batch=144, ema_decay=0.9995, validate_every=500),
     expression=replace(CPU.expression, steps=8000, minutes=3.0, parts=1, batch=256, ema_decay=0.999, validate_every=500),
-    dit=replace(CPU.dit, steps=40000, minutes=13.5, parts=1, batch=512, ema_decay=0.9995, validate_every=500),
-    decoder=replace(CPU.decoder, steps=10000, minutes=1.5, parts=1, batch=80, ema_decay=0.999, validate_every=500),
+    dit=replace(CPU.dit, steps=40000, minutes=15.0, parts=1, batch=512, ema_decay=0.9995, validate_every=500),
 )
 PRESETS = {preset.name: preset for preset in (CPU, GPU)}

@@ -30,7 +30,8 @@ class OrtCudaRunner:
 
         def opened(graphs: bool) -> onnxruntime.InferenceSession:
             options = {"device_id": 0, "user_compute_stream": str(cuda.stream), "enable_cuda_graph": str(int(graphs))}
-            return open_session(spec, path, session_options(None), [(PROVIDER, options), "CPUExecutionProvider"])
+            with cuda.lock:  # it asks for memory
+                return open_session(spec, path, session_options(None), [(PROVIDER, options), "CPUExecutionProvider"])
 
         try:
             self._session = opened(graph_ids is not None)

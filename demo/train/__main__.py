@@ -1,4 +1,4 @@
-"""python -m demo.train vae|expression|latents|dit|decoder|export|evaluate|all --preset cpu|gpu --data DIR --work DIR
+"""python -m demo.train vae|expression|latents|dit|export|evaluate|all --preset cpu|gpu --data DIR --work DIR
 
 `init --from CHECKPOINT` makes states of released weights, so that training goes on from there.
 Every phase continues from its state in --work and skips what is finished; --minutes bounds the time that a phase may take in all.
@@ -17,7 +17,7 @@ from demo.presets import PRESETS
 from demo.train import phases
 from factorportrait.command import run_command
 
-PHASES = ("vae", "expression", "latents", "dit", "decoder", "export", "evaluate")
+PHASES = ("vae", "expression", "latents", "dit", "export", "evaluate")
 
 
 MORE_TO_DO = 3

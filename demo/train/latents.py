@@ -113,13 +113,14 @@ def mirrored(shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of a shard (see `demo.dataset`) -> those that `encode_shard` needs of the same clips seen in a mirror.
 
     The world is reflected in the plane x = 0 of the head, which makes other people of these: left is right in hair, light and
-    performance. Pictures, cameras, normals, actions and boxes stay exact.
+    performance. Pictures, cameras, normals and boxes stay exact; actions do as far as the head's are symmetric, which all are but
+    mouthFunnel (its halves differ by a tenth).
     """
     width = shard["frames"].shape[3]
     out = {name: shard[name][..., ::-1, :] for name in ("frames", "twin_frames", "normals", "portrait")}
-    normals = out["normals"].copy()
-    covered = normals.any(-1)
-    normals[covered, 0] = 255 - normals[covered, 0]
+    normals = np.ascontiguousarray(out["normals"])
+    red, covered = normals[..., 0], normals[..., 0] | normals[..., 1] | normals[..., 2]
+    red[...] = np.where(covered, 255 - red, 0)
     K, flip = shard["K"].copy(), np.diag([-1.0, 1.0, 1.0, 1.0])
     K[..., 0, 2] = width - K[..., 0, 2]
     left, top, right, bottom = np.moveaxis(shard["face_boxes"], -1, 0)
@@ -137,10 +138,10 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 class LatentStore:
-    """All encoded shards of a folder in memory; `refresh` adds new ones. pattern: of their names."""
+    """All encoded shards of a folder in memory; `refresh` adds new ones."""
 
-    def __init__(self, folder: Path, pattern: str = "shard-*.npz"):
-        self.folder, self.pattern = folder, pattern
+    def __init__(self, folder: Path):
+        self.folder = folder
         self._read: list[Path] = []
         self._arrays: dict[str, list[np.ndarray]] = {}
         self._places: list[tuple[int, int]] = []
@@ -150,7 +151,7 @@ class LatentStore:
         return len(self._places)
 
     def refresh(self) -> None:
-        for path in sorted(self.folder.glob(self.pattern)):
+        for path in sorted(self.folder.glob("shard-*.npz")):
             if path in self._read:
                 continue
             with np.load(path) as archive:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from demo.presets import MODEL, PhaseSettings, Preset
-from demo.train import decoder as decoder_phase
 from demo.train import dit as dit_phase
 from demo.train import expression as expression_phase
 from demo.train import latents as latents_phase
@@ -38,8 +37,6 @@ log = logging.getLogger(__name__)
 REFRESH_STEPS = 50  # between two looks for new shards
 INITIAL_CODE_SIZE = 0.1  # of the encoder's output, of unit variance later
 LATENT_SPLITS = ("val", "train")
-DECODER_SHARDS = {"val": 1, "train": 8}  # that the decoder's last phase generates
-UNMIRRORED = "shard-?????.npz"
 
 
 @dataclass
@@ -188,7 +185,7 @@ def assemble(job: Job) -> FactorPortrait:
     model.expression["controller"].neutral_code.copy_(neutral)
     if (job.work / "dit.pt").exists():
         model.load_state_dict(averaged(job, "dit"))  # holds the other networks as they were then
-    model.vae.load_state_dict(averaged(job, "decoder" if (job.work / "decoder.pt").exists() else "vae"))
+    model.vae.load_state_dict(averaged(job, "vae"))
     model.expression.load_state_dict(averaged(job, "expression"), strict=False)
     return model
 
@@ -202,7 +199,7 @@ def run_init(job: Job, checkpoint: Path) -> None:
         CheckpointError: the checkpoint is of another size than the presets', or of another seed.
         UserError: the work folder has states already.
     """
-    names = ("vae.pt", "expression.pt", "dit.pt", "decoder.pt", "generated", "latent_stats.json", "latents", "code_basis.pt")
+    names = ("vae.pt", "expression.pt", "dit.pt", "latent_stats.json", "latents", "code_basis.pt")
     existing = [name for name in names if (job.work / name).exists()]
     if existing:
         raise UserError(
@@ -265,58 +262,6 @@ def run_dit(job: Job) -> None:
         return {**dit_phase.validate(model, val, basis, job.device), "clips": len(train)}
 
     trainer.run(part_loss, validate, refresher(train))
-
-
-def generate_shards(job: Job) -> None:
-    """Latents that the transformer makes of the first shards, and makes again when it has been trained further."""
-    basis, model, trained = code_basis(job), assemble(job).eval(), (job.work / "dit.pt").stat().st_mtime
-    tasks = []
-    for split, count in DECODER_SHARDS.items():
-        folder = decoder_phase.generated_folder(job.work, split)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = sorted((job.work / "latents" / split).glob(UNMIRRORED))[:count]
-        targets = [folder / path.name for path in paths]
-        stale = [not target.exists() or target.stat().st_mtime < trained for target in targets]
-        tasks += [task for task, old in zip(zip(paths, targets, strict=True), stale, strict=True) if old]
-
-    def generate(task: tuple[Path, Path]) -> None:
-        source, target = task
-        if not job.out_of_time:
-            store = latents_phase.LatentStore(source.parent, source.name)
-            latents = decoder_phase.generate(model, store, basis, range(len(store)), job.device)
-            latents_phase.write_shard(target, {"latents": latents})
-            log.info("generated %s/%s", target.parent.name, target.name)
-
-    if job.preset.workers > 1:
-        torch.set_num_threads(1)
-    with ThreadPoolExecutor(job.preset.workers) as pool:
-        list(pool.map(generate, tasks))
-
-
-def run_decoder(job: Job) -> None:
-    generate_shards(job)
-    if job.out_of_time:
-        return
-    vae = PatchVAE(config_with_statistics(job).vae).to(job.device)
-    vae.load_state_dict(averaged(job, "vae"))
-    vae_phase.train_only_decoder(vae)
-    settings, preset = job.settings(job.preset.decoder), job.preset
-    trainer = Trainer("decoder", vae, settings, job.work, preset.seed, vae_phase.is_matrix, preset.workers, job.deadline)
-    trainer.resume()
-    stores = {
-        split: (
-            latents_phase.LatentStore(decoder_phase.generated_folder(job.work, split)),
-            latents_phase.LatentStore(job.work / "latents" / split, UNMIRRORED),
-            job.store(split),
-        )
-        for split in LATENT_SPLITS
-    }
-
-    def part_loss(vae, draw, part):
-        pairs = decoder_phase.sample_pairs(*stores["train"], draw, settings.batch, MODEL.vae.cell_size, job.device)
-        return decoder_phase.decoder_loss(vae, *pairs)
-
-    trainer.run(part_loss, lambda vae: decoder_phase.validate(vae, *stores["val"], job.device))
 
 
 def run_export(job: Job) -> None:

@@ -25,8 +25,8 @@ class Device:
     """The first GPU and the stream on which everything of an engine runs, so that work is done in the order of the calls.
 
     Attributes:
-        lock: held by whoever puts something on the stream. While one thread records a graph, what another one enqueued would
-            become a part of it.
+        lock: held by whoever puts something on the stream, asks for memory or frees it. While one thread records a graph, what
+            another one enqueued would become a part of it; and where ONNX Runtime records, memory is nobody's to ask for.
 
     Raises:
         UserError: the package cuda-python is not installed.
@@ -53,7 +53,8 @@ class Device:
         shape = tuple(shape)
         num_bytes = max(1, prod(shape) * np.dtype(dtype).itemsize)
         try:
-            address = int(self._call(self.runtime.cudaMalloc, num_bytes))
+            with self.lock:
+                address = int(self._call(self.runtime.cudaMalloc, num_bytes))
         except CudaError as error:
             if "cudaErrorMemoryAllocation" not in str(error):
                 raise
@@ -63,7 +64,7 @@ class Device:
                 found=f"{free / 1e6:.0f} MB free of {total / 1e6:.0f}",
                 action="end other programs that use the GPU (nvidia-smi lists them), or take a smaller window or an int8 bundle",
             ) from error  # fmt: skip
-        array = DeviceArray(address, shape, dtype, _Owner(self.runtime.cudaFree, address))
+        array = DeviceArray(address, shape, dtype, _Owner(self._locked(self.runtime.cudaFree), address))
         with self.lock:
             self._call(self.runtime.cudaMemsetAsync, address, 0, num_bytes, self.stream)
         return array
@@ -71,9 +72,10 @@ class Device:
     def pinned(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """New page-locked host memory, which the GPU copies without a detour."""
         num_bytes = max(1, prod(shape) * np.dtype(dtype).itemsize)
-        address = int(self._call(self.runtime.cudaMallocHost, num_bytes))
+        with self.lock:
+            address = int(self._call(self.runtime.cudaMallocHost, num_bytes))
         memory = (ctypes.c_byte * num_bytes).from_address(address)
-        weakref.finalize(memory, self.runtime.cudaFreeHost, address)
+        weakref.finalize(memory, self._locked(self.runtime.cudaFreeHost), address)
         return np.frombuffer(memory, dtype, count=prod(shape)).reshape(shape)
 
     def copy(self, source: np.ndarray | DeviceArray, target: np.ndarray | DeviceArray) -> None:
@@ -117,9 +119,10 @@ class Device:
             finally:
                 if collects:
                     gc.enable()
-        owner = _Owner(runtime.cudaGraphDestroy, graph)
-        executable = self._call(runtime.cudaGraphInstantiate, graph, 0)
-        owners = owner, _Owner(runtime.cudaGraphExecDestroy, executable)
+        owner = _Owner(self._locked(runtime.cudaGraphDestroy), graph)
+        with self.lock:
+            executable = self._call(runtime.cudaGraphInstantiate, graph, 0)
+        owners = owner, _Owner(self._locked(runtime.cudaGraphExecDestroy), executable)
 
         def replay(_owners=owners) -> None:
             with self.lock:
@@ -140,6 +143,16 @@ class Device:
         if graph is None or not int(graph):
             raise CudaError("the capture gave no graph")
         return graph
+
+    def _locked(self, free: Callable) -> Callable:
+        """`free` with the lock held; it keeps the lock and not the device, which would never be collected."""
+        lock = self.lock
+
+        def locked(handle: Any) -> None:
+            with lock:
+                free(handle)
+
+        return locked
 
     def _call(self, function: Callable, *arguments: Any) -> Any:
         """What a function of CUDA's runtime returns behind its error code: nothing, a value, or a tuple."""

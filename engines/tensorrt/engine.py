@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class TensorRTEngine:
         self._runtime = self.trt.Runtime(self.log)
         self._scratch = self.cuda.zeros((0,), "uint8")
         self._runners: dict[str, TensorRTRunner] = {}
+        self._loading = threading.Lock()  # not the stream's: a plan may be built meanwhile, which takes minutes
 
     def load(self, name: str) -> TensorRTRunner:
         """See `factorportrait.engines.base.Engine`.
@@ -74,23 +76,27 @@ class TensorRTEngine:
         Raises:
             UserError: the bundle is not for TensorRT, or its graph gives no plan that loads.
         """
-        if name not in self._runners:
-            request = Request(self.bundle, self.bundle.stage(name, TARGET), self._machine, self._options or Options())
-            plan, built = self._store.find_any(request) if self._options is None else None, False
-            if plan is None:
-                plan, built = get_plan(self._store, request, on_progress=self._on_progress, notice=self._notice)
+        with self._loading:
+            if name not in self._runners:
+                self._runners[name] = self._load(name)
+            return self._runners[name]
+
+    def _load(self, name: str) -> TensorRTRunner:
+        request = Request(self.bundle, self.bundle.stage(name, TARGET), self._machine, self._options or Options())
+        plan, built = self._store.find_any(request) if self._options is None else None, False
+        if plan is None:
+            plan, built = get_plan(self._store, request, on_progress=self._on_progress, notice=self._notice)
+        loaded = self._deserialize(plan)
+        if loaded is None and not built:
+            self._notice(f"plan of {name}: TensorRT does not load it ({self._last_error()})")
+            plan, _ = get_plan(self._store, request, again=True, on_progress=self._on_progress, notice=self._notice)
             loaded = self._deserialize(plan)
-            if loaded is None and not built:
-                self._notice(f"plan of {name}: TensorRT does not load it ({self._last_error()})")
-                plan, _ = get_plan(self._store, request, again=True, on_progress=self._on_progress, notice=self._notice)
-                loaded = self._deserialize(plan)
-            if loaded is None:
-                raise UserError(
-                    f"plan {plan.file}", expected="a plan that TensorRT loads", found=self._last_error(),
-                    action="is the GPU's memory full? look at nvidia-smi",
-                )  # fmt: skip
-            self._runners[name] = TensorRTRunner(self, request, loaded)
-        return self._runners[name]
+        if loaded is None:
+            raise UserError(
+                f"plan {plan.file}", expected="a plan that TensorRT loads", found=self._last_error(),
+                action="is the GPU's memory full? look at nvidia-smi",
+            )  # fmt: skip
+        return TensorRTRunner(self, request, loaded)
 
     def zeros(self, shape: Iterable[int], dtype: str) -> DeviceArray:
         """See `factorportrait.engines.base.Engine`."""
@@ -192,6 +198,10 @@ class TensorRTRunner:
 
     def _context(self, inputs: Buffers, outputs: Buffers) -> tuple[Any, DeviceArray]:
         """An execution context with all shapes and addresses set, and the scratch memory that it uses."""
+        with self._engine.cuda.lock:  # a profile is set on the stream; the log and the scratch memory are the engine's
+            return self._new_context(inputs, outputs)
+
+    def _new_context(self, inputs: Buffers, outputs: Buffers) -> tuple[Any, DeviceArray]:
         engine, plan, stage = self._engine, self._plan, self.spec.name
         engine.log.errors.clear()
         context = plan.create_execution_context(engine.trt.ExecutionContextAllocationStrategy.USER_MANAGED)

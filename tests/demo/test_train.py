@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from demo.presets import CPU, MODEL, DiTSettings, PhaseSettings
-from demo.train import decoder as decoder_phase
 from demo.train import expression as expression_phase
 from demo.train import phases
 from demo.train import vae as vae_phase
@@ -270,56 +269,6 @@ def test_a_mirror_image_is_the_same_world_reflected():
     assert {name: a.shape for name, a in encoded.items()} == {name: a.shape for name, a in reflected.items()}
 
 
-class Pictures:
-    """`ClipStore.get` of arrays."""
-
-    def __init__(self, shard: dict[str, np.ndarray]):
-        self.shard = shard
-
-    def get(self, clip: int, name: str) -> np.ndarray:
-        return self.shard[name][clip]
-
-
-def test_the_decoder_sees_pictures_and_the_latents_that_made_them(tmp_path):
-    """A latent frame's crop lies where its four pictures lie: its encoder's linear inverse says so."""
-    shard = toy_shard(clips=2, frames=13, size=128)
-    vae = PatchVAE(replace(TOY.vae, z_dim=768)).eval()
-    with torch.no_grad():  # an encoder that keeps every pixel, and its inverse
-        vae.encoder.weight.copy_(torch.eye(768).view_as(vae.encoder.weight))
-        vae.encoder.bias.zero_()
-        rows = torch.arange(768).view(3, 4, 8, 8).transpose(0, 1).flatten()
-        vae.decoder.inverse.weight.copy_(torch.eye(768)[rows, :, None, None])
-        vae.decoder.inverse.bias.zero_()
-        frames = torch.from_numpy(shard["frames"]).movedim(-1, 1).float() / 127.5 - 1
-        latents = vae.encode_whole(frames).numpy()
-    for name in ("clean", "generated"):
-        (tmp_path / name).mkdir()
-        write_shard(tmp_path / name / "shard-00000.npz", {"latents": latents + (name == "generated")})
-    generated, clean = (LatentStore(tmp_path / name) for name in ("generated", "clean"))
-    for step in range(6):
-        pairs = decoder_phase.sample_pairs(
-            generated, clean, Pictures(shard), Draw(0, "test", step, 0), 3, 8, torch.device("cpu")
-        )
-        latents, truth, weights = pairs
-        assert latents.shape == (3, 768, 3, 8, 8) and truth.shape == (3, 3, 9, 64, 64) and weights.shape == (3, 1, 9, 64, 64)
-        decoded = vae.decode_whole(latents).detach()
-        shift = (decoded - truth).flatten(1).mean(1).round()  # 1 where the crop was a generated one
-        assert set(shift.tolist()) <= {0.0, 1.0}
-        torch.testing.assert_close(decoded - shift.view(-1, 1, 1, 1, 1), truth, atol=1e-5, rtol=0)
-        loss, metrics = decoder_phase.decoder_loss(vae, *pairs)
-        assert (loss < 1e-5) == (shift.sum() == 0) and math.isfinite(metrics["psnr"])
-
-
-def test_generated_latents_are_those_of_a_stream(tmp_path):
-    torch.manual_seed(0)
-    model, store = FactorPortrait(TOY).eval(), toy_store(tmp_path)
-    basis = toy_basis()
-    made = decoder_phase.generate(model, store, basis, range(3), torch.device("cpu"))
-    assert made.shape == (3, 16, 8, 4, 4) and made.dtype == np.float16 and np.isfinite(made).all()
-    assert np.abs(made - made[:1]).max() > 0
-    np.testing.assert_array_equal(made, decoder_phase.generate(model, store, basis, range(3), torch.device("cpu")))
-
-
 def test_transformer_learns_and_only_what_it_should(tmp_path):
     torch.manual_seed(0)
     model = FactorPortrait(TOY)
@@ -501,12 +450,11 @@ def test_every_phase_from_clips_to_figures(tmp_path, monkeypatch):
     from demo.dataset import render_dataset
 
     monkeypatch.setattr(vae_phase, "CROP_SIDE", 16)
-    monkeypatch.setattr(decoder_phase, "CROP_CELLS", 3)
     for split in ("train", "val", "test"):
         render_dataset(tmp_path / "data" / split, 2, 29, 32, split=split)
     job = toy_job(monkeypatch, tmp_path / "work")
     short = {"steps": 2, "parts": 1, "batch": 4, "validate_every": 1}
-    changed = {name: replace(getattr(CPU, name), **short) for name in ("vae", "expression", "dit", "decoder")}
+    changed = {name: replace(getattr(CPU, name), **short) for name in ("vae", "expression", "dit")}
     job.preset, job.data = replace(job.preset, **changed), tmp_path / "data"
     job.clips, job.deadline = 1, time.monotonic()
     phases.run_vae(job)
@@ -520,11 +468,6 @@ def test_every_phase_from_clips_to_figures(tmp_path, monkeypatch):
     assert [line["step"] for line in curves if "val_expression_followed" in line] == [1, 2]
     names = {split: sorted(path.name for path in (job.work / "latents" / split).iterdir()) for split in ("train", "val")}
     assert names == {"train": ["shard-00000-mirrored.npz", "shard-00000.npz"], "val": ["shard-00000.npz"]}
-    tuned, plain = (phases.averaged(job, phase) for phase in ("decoder", "vae"))
-    moved = {name.split(".")[0] for name, values in plain.items() if not torch.equal(values, tuned[name])}
-    assert moved == {"decoder"}
-    shipped = load_checkpoint(job.out).vae.state_dict()
-    assert all(torch.equal(values.half(), shipped[name].half()) for name, values in tuned.items())
 
 
 class MovingTexture:

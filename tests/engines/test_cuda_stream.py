@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from factorportrait.engines.tensorrt import cuda
+from factorportrait.engines.tensorrt.engine import TensorRTEngine, _Call
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def device(calls, monkeypatch):
     values = {
         "cudaStreamCreateWithFlags": lambda *_: 7,
         "cudaMalloc": lambda *_: next(addresses),
+        "cudaMallocHost": lambda *_: next(addresses),
         "cudaStreamEndCapture": lambda *_: 1,
         "cudaGraphInstantiate": lambda *_: 2,
     }
@@ -62,7 +64,10 @@ def test_nothing_of_another_thread_is_recorded(device, calls):
     recorder = threading.Thread(target=device.capture, args=(enqueue,), name="recorder")
     recorder.start()
     assert recording.wait(10)
-    actions = (lambda: device.copy(values, buffer), lambda: device.zeros((2,), "float32"), device.synchronize, replay)
+    actions = (
+        lambda: device.copy(values, buffer), lambda: device.zeros((2,), "float32"), lambda: device.pinned((2,), "float32"),
+        device.synchronize, replay,
+    )  # fmt: skip
 
     def act(action):
         tried.set()
@@ -77,10 +82,10 @@ def test_nothing_of_another_thread_is_recorded(device, calls):
     names = [name for _, name in calls]
     start = len(names) - names[::-1].index("cudaStreamBeginCapture")
     end = names.index("cudaStreamEndCapture", start)
-    # Memory may be asked for at any time; what goes on the stream waits.
-    assert {thread for thread, name in calls[start:end] if name != "cudaMalloc"} == {"recorder"}
+    assert {thread for thread, _ in calls[start:end]} == {"recorder"}
     later = {name for thread, name in calls[end:] if thread == "other"}
-    assert {"cudaMemcpyAsync", "cudaMemsetAsync", "cudaStreamSynchronize", "cudaGraphLaunch"} <= later
+    assert {"cudaMemcpyAsync", "cudaStreamSynchronize", "cudaGraphLaunch"} <= later
+    assert {"cudaMalloc", "cudaMemsetAsync", "cudaMallocHost", "cudaFree"} <= later
 
 
 def test_a_recording_that_fails_lets_the_others_go_on(device, calls):
@@ -94,3 +99,32 @@ def test_a_recording_that_fails_lets_the_others_go_on(device, calls):
     other.start()
     other.join(10)
     assert ("other", "cudaStreamSynchronize") in calls
+
+
+def test_another_thread_does_not_take_part_in_a_chunk(device):
+    """While one thread runs a chunk whose calls have no graphs of their own, the other one's call waits and keeps its own."""
+    engine = SimpleNamespace(cuda=device, eager=False, in_chunk=False)
+    inside, tried, seen = threading.Event(), threading.Event(), []
+
+    def chunk():
+        inside.set()
+        tried.wait(10)
+        time.sleep(0.05)  # long enough for who does not wait
+        own()
+        seen.append("chunk done")
+
+    own = _Call(engine, "own", lambda: seen.append(("own", engine.in_chunk)), ())
+    foreign = _Call(engine, "foreign", lambda: seen.append(("foreign", engine.in_chunk)), ())
+    whole = TensorRTEngine.capture(engine, chunk)
+
+    def call_foreign():
+        tried.set()
+        foreign()
+
+    threads = [threading.Thread(target=whole), threading.Thread(target=call_foreign)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(10)
+    assert seen == [("own", True), "chunk done", ("foreign", False)]
