@@ -56,6 +56,11 @@ class DiTSettings(PhaseSettings):
         face_weight, background_weight: of latent cells at eyes and mouth, and behind the head; the rest has 1.
         channel_weight: exponent: a channel's squared error weighs as its share of the latents' deviation to this power. 0 is all
             alike; 2 is the error of pixels; between them large shapes come first and fine detail is not forgotten.
+        cells: of a latent frame that take part where not all do: those on the head and with detail, and some flat ones. What lies
+            flat behind the head is copied well early on, and a third of all cells.
+        cells_share: of parts in which not all cells take part.
+        noise_weight: exponent: a squared error weighs as the noise level to this power; 0 is the velocity's error, 2 that of the
+            clean latents. Few steps hardly visit small levels.
         controller_rate: of the expression controller's learning rate, against 1 of the transformer's.
     """
 
@@ -73,6 +78,9 @@ class DiTSettings(PhaseSettings):
     background_weight: float = 0.5
     channel_weight: float = 1.5
     controller_rate: float = 0.3
+    cells: int = 160
+    cells_share: float = 0.8
+    noise_weight: float = 1.0
 
 
 @dataclass(frozen=True)

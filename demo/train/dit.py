@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from demo.presets import DiTSettings
 from demo.train.expression import CodeBasis, scale_layers
 from demo.train.latents import LatentStore
 from demo.train.trainer import Draw, Metrics
+from factorportrait.export.models.dit import Rotary
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait, stream_mask
 from factorportrait.model_config import GenerationConfig
 
@@ -29,6 +31,7 @@ NUM_CHUNKS_SHARES = (0.4, 0.5, 0.1)  # of windows with 1, 2, 3 chunks
 WHOLE_CLIP_SHARE = 0.3
 INITIAL_MODULATION = 0.2  # deviation of the modulation over codes
 DROP_ALL_SHARE = 0.03
+DETAIL_ENERGY = 0.1  # mean square of a latent cell's channels but the first, above which the cell is not flat
 VALIDATION_SIGMAS = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -154,11 +157,67 @@ def channel_scale(model: FactorPortrait, exponent: float) -> Tensor:
     return (scale / scale.square().mean().sqrt()).view(1, -1, 1, 1, 1)
 
 
-def window_mask(model: FactorPortrait, window: Window, device: torch.device) -> Tensor | None:
+def window_mask(model: FactorPortrait, window: Window, cells: int, device: torch.device) -> Tensor | None:
     if window.chunks is None:
         return None
-    config = model.config
-    return stream_mask(list(window.chunks), config.generation.window_frames, config.tokens_per_frame).to(device)
+    return stream_mask(list(window.chunks), model.config.generation.window_frames, cells).to(device)
+
+
+def draw_cells(draw: Draw, reference: Tensor, clean: Tensor, classes: Tensor, cells: int) -> Tensor:
+    """Which cells of every slot take part: those on the head and those with detail first, then some of the flat ones.
+
+    Args:
+        reference, clean: latents [B, C, 1, h, w] of the portrait and [V*B, C, N, h, w] of all versions of the frames.
+        classes: [B, N, h, w], 0 behind the head.
+        cells: how many of h * w.
+
+    Returns:
+        [V*B, 1+N, cells] indices, the same for all versions of a clip.
+    """
+    copies = len(clean) // len(reference)
+    detail = [latents[:, 1:].square().mean(1) > DETAIL_ENERGY for latents in (reference, *clean.chunk(copies))]
+    frames = torch.stack([classes > 0, *detail[1:]]).any(0)
+    chosen = torch.cat([detail[0], frames], dim=1).flatten(2)
+    rank = chosen + draw.uniform(chosen.shape, chosen.device)
+    return rank.topk(cells, dim=-1).indices.sort(-1).values.repeat(copies, 1, 1)
+
+
+def take_cells(x: Tensor, cells: Tensor) -> Tensor:
+    """x [B, F, T, D], cells [B, F, K] -> [B, F, K, D]."""
+    return x.gather(2, cells.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+
+def predict_cells(
+    model: FactorPortrait,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditions: ClipConditions,
+    cells: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`FactorPortrait.predict_clip` of some cells that see each other alone, for transformers with tokens of one cell.
+
+    Args:
+        noisy: [B, C, N, h, w]; timesteps [B, N]; conditions as there.
+        cells: [B, 1+N, K], see `draw_cells`.
+        mask: [slots*K, slots*K] True where seen.
+
+    Returns:
+        velocity [B, N, K, C].
+
+    Raises:
+        ValueError: tokens of more than a cell.
+    """
+    if model.config.dit.patch_size != (1, 1, 1):
+        raise ValueError(f"patch_size {model.config.dit.patch_size}: training wants tokens of one latent cell, (1, 1, 1)")
+    dit, slots = model.dit, cells.shape[1]
+    temb, timestep_proj = dit.embed_time(F.pad(timesteps, (1, 0)))
+    x = dit.embed_noise(F.pad(noisy, (0, 0, 0, 0, 1, 0))) + model.clip_condition_tokens(conditions)
+    rotary = dit.rotary(torch.arange(slots, device=x.device)).unflatten(0, (slots, -1))
+    rotary = rotary[torch.arange(slots, device=x.device)[:, None], cells].flatten(1, 2).unsqueeze(1)
+    modulation = timestep_proj.float() + conditions.expression_modulation.float()
+    x, _ = dit.run_blocks(dit.blocks, take_cells(x, cells), modulation, Rotary(rotary, rotary), mask=mask)
+    return dit.head(x, temb)[:, 1:]
 
 
 def dit_loss(
@@ -170,11 +229,12 @@ def dit_loss(
     device: torch.device,
 ) -> tuple[Tensor, Metrics]:
     """Loss of one part: clips drawn at random, with or without their twins, all with the same window."""
-    total = store.stack("latents", [0]).shape[2]
+    total, tokens = store.stack("latents", [0]).shape[2], model.config.tokens_per_frame
     window = draw_window(draw, settings, model.config.generation, total)
     versions = ("", "twin_") if draw.chance(settings.twin_share) else ("",)
     copies = len(versions)
-    batch = max(1, settings.batch // (copies * (1 + window.frames)))
+    cells = min(settings.cells, tokens) if draw.chance(settings.cells_share) else tokens
+    batch = max(1, settings.batch * tokens // (cells * copies * (1 + window.frames)))
     clips = [int(clip) for clip in draw.rng.integers(len(store), size=batch)]
     part = slice(window.start, window.start + window.frames)
     coefficients, clean = (
@@ -183,21 +243,26 @@ def dit_loss(
     )
     clean, codes = clean[:, :, part], noisy_codes(basis.code(coefficients), draw, settings, copies)
     conditions = load_conditions(model, store, clips * copies, window, codes)
+    classes = store.stack("weights", clips, device)[:, part].long()
+    kept = draw_cells(draw, conditions.reference_latents[:batch], clean, classes, cells)
     conditions = drop_conditions(conditions, draw, settings.drop, copies)
     sigmas, context = (t.to(device).repeat(copies, 1) for t in draw_sigmas(draw, settings, window, batch))
     noise = draw.normal(clean[:batch].shape, device).repeat(copies, 1, 1, 1, 1)
     level = sigmas[:, None, :, None, None]
     noisy = (1 - level) * clean + level * noise
-    velocity = model.predict_clip(noisy, 1000 * sigmas * ~context, conditions, window_mask(model, window, device))
+    mask = window_mask(model, window, cells, device)
+    velocity = predict_cells(model, noisy, 1000 * sigmas * ~context, conditions, kept, mask)
+    target = take_cells((noise - clean).flatten(3).permute(0, 2, 3, 1), kept[:, 1:])
+    error = (velocity.float() - target) * channel_scale(model, settings.channel_weight).to(device).flatten()
     scale = torch.tensor([settings.background_weight, 1.0, settings.face_weight], device=device)
-    weights = scale[store.stack("weights", clips, device)[:, part].long()] * ~context[:batch, :, None, None]
-    error = velocity.float() - (noise - clean)
-    error = error * channel_scale(model, settings.channel_weight).to(device)
-    squared = error.square().mean(1)
+    weights = scale[classes.flatten(2).gather(2, kept[:batch, 1:])]
+    weights = weights * (~context * sigmas**settings.noise_weight)[:batch, :, None]
+    squared = error.square().mean(-1)
     if copies == 2:
         first, second = error.chunk(2)
         # With a weight of 1 this is the mean of both squared errors.
-        squared = ((first + second) / 2).square().mean(1) + settings.twin_weight * ((first - second) / 2).square().mean(1)
+        common, change = ((first + second) / 2).square().mean(-1), ((first - second) / 2).square().mean(-1)
+        squared = common + settings.twin_weight * change
     loss = (squared * weights).sum() / weights.sum().clamp(min=1)
     kind = "stream" if window.chunks else "clip"
     return loss, {f"{kind}{'_twins' if copies == 2 else ''}_loss": loss.item()}

@@ -20,13 +20,18 @@ from demo.train import vae as vae_phase
 from demo.train.__main__ import PHASES
 from demo.train.dit import (
     INITIAL_MODULATION,
+    Window,
     channel_scale,
     dit_loss,
+    draw_cells,
     draw_sigmas,
     draw_window,
     is_matrix,
+    predict_cells,
     prepare,
+    take_cells,
     train_only_transformer,
+    window_mask,
 )
 from demo.train.expression import MIRROR, CodeBasis, random_basis
 from demo.train.latents import LatentStore, encode_shard, group_frames, mirrored, pack_rays, write_shard
@@ -44,7 +49,7 @@ TOY = replace(
     MODEL,
     height=32,
     width=32,
-    dit=DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2),
+    dit=DiTConfig(dim=32, ffn_dim=64, num_heads=2, num_layers=2, patch_size=(1, 1, 1)),
     vae=replace(MODEL.vae, z_dim=16, cell_dim=8, cell_blocks=1, fine_dim=8, fine_blocks=1),
     fusion=replace(MODEL.fusion, latent_channels=16),
     expression=replace(MODEL.expression, image_size=32, encoder_widths=(8, 8), hidden_dim=16),
@@ -299,11 +304,11 @@ def test_twins_share_everything_but_expression(tmp_path, monkeypatch):
     model, store = FactorPortrait(TOY), toy_store(tmp_path)
     seen = {}
 
-    def predict(noisy, timesteps, conditions, mask):
-        seen.update(noisy=noisy, timesteps=timesteps, conditions=conditions)
-        return torch.zeros_like(noisy)
+    def predict(model, noisy, timesteps, conditions, cells, mask):
+        seen.update(noisy=noisy, timesteps=timesteps, conditions=conditions, cells=cells)
+        return torch.zeros(len(noisy), noisy.shape[2], cells.shape[2], noisy.shape[1])
 
-    monkeypatch.setattr(model, "predict_clip", predict)
+    monkeypatch.setattr("demo.train.dit.predict_cells", predict)
 
     def loss(step: int, weight: float) -> float:
         settings = replace(CPU.dit, twin_share=1.0, twin_weight=weight, batch=24, drop=0.4)
@@ -312,14 +317,101 @@ def test_twins_share_everything_but_expression(tmp_path, monkeypatch):
 
     for step in range(4):
         assert loss(step, 6.0) > loss(step, 1.0)
-        first, second = seen["timesteps"].chunk(2)
-        assert torch.equal(first, second)
+        for name in ("timesteps", "cells"):
+            first, second = seen[name].chunk(2)
+            assert torch.equal(first, second)
         for name, values in vars(seen["conditions"]).items():
             first, second = values.chunk(2)
             assert torch.equal(first, second) == (name != "expression_modulation" or not first.any())
     store._arrays["twin_latents"], store._arrays["twin_coefficients"] = store._arrays["latents"], store._arrays["coefficients"]
     assert loss(0, 6.0) == pytest.approx(loss(0, 1.0))
     assert torch.equal(*seen["noisy"].chunk(2)) and torch.equal(*seen["conditions"].expression_modulation.chunk(2))
+
+
+def toy_clip(frames: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, ClipConditions]:
+    """Noise [B, C, N, h, w], timesteps [B, N] and conditions of the toy model."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    conditions = ClipConditions(
+        normal(batch, 16, 1, 4, 4), normal(batch, 16, frames, 4, 4), normal(batch, 24, frames, 4, 4),
+        0.1 * normal(batch, 1 + frames, 6, 32),
+    )  # fmt: skip
+    return normal(batch, 16, frames, 4, 4), 1000 * torch.rand(batch, frames, generator=generator), conditions
+
+
+def changed_head(model: FactorPortrait) -> FactorPortrait:
+    """Blocks and head of a new model, which must not be zero."""
+    with torch.no_grad():
+        for parameter in model.dit.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    return model
+
+
+@pytest.mark.parametrize("chunks", [None, (2, 1)])
+def test_all_cells_are_the_whole_transformer(chunks):
+    torch.manual_seed(0)
+    model, window = changed_head(FactorPortrait(TOY)).eval(), Window(0, 3, chunks)
+    noise, timesteps, conditions = toy_clip(3)
+    cells = torch.arange(16).expand(2, 4, 16)
+    mask = window_mask(model, window, 16, noise.device)
+    with torch.no_grad():
+        expected = model.predict_clip(noise, timesteps, conditions, mask)
+        found = predict_cells(model, noise, timesteps, conditions, cells, mask)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found.permute(0, 3, 1, 2).unflatten(3, (4, 4)), expected)
+
+
+def test_cells_left_out_are_not_seen_and_the_others_keep_their_places():
+    """Whatever lies in the other cells changes nothing; a cell's place does."""
+    torch.manual_seed(0)
+    model = changed_head(FactorPortrait(TOY)).eval()
+    noise, timesteps, conditions = toy_clip(2)
+    cells = torch.stack([torch.randperm(16)[:6].sort().values for _ in range(6)]).view(2, 3, 6)
+    left_out = torch.ones(2, 3, 16).scatter(2, cells, 0).bool().view(2, 1, 3, 4, 4)
+
+    def predict(noise: torch.Tensor, conditions: ClipConditions) -> torch.Tensor:
+        with torch.no_grad():
+            return predict_cells(model, noise, timesteps, conditions, cells)
+
+    def elsewhere(x: torch.Tensor, slots: slice) -> torch.Tensor:
+        return torch.where(left_out[:, :, slots], 7.0, x)
+
+    changed = replace(
+        conditions, pose_latents=elsewhere(conditions.pose_latents, slice(1, None)), rays=elsewhere(conditions.rays, slice(1, None))
+    )
+    found = predict(noise, conditions)
+    torch.testing.assert_close(predict(elsewhere(noise, slice(1, None)), changed), found)
+    streams = ("reference_latents", "pose_latents", "rays")
+    shifted = replace(conditions, **{name: getattr(conditions, name).roll(1, 4) for name in streams})
+    with torch.no_grad():
+        moved = predict_cells(model, noise.roll(1, 4), timesteps, shifted, cells - cells % 4 + (cells + 1) % 4)
+    assert not torch.allclose(moved, found)
+    with pytest.raises(ValueError, match="tokens of one latent cell"):
+        larger = FactorPortrait(replace(TOY, dit=replace(TOY.dit, patch_size=(1, 2, 2))))
+        predict_cells(larger, noise, timesteps, conditions, cells)
+
+
+def test_cells_on_the_head_or_with_detail_come_first():
+    reference, clean, classes = torch.zeros(2, 16, 1, 4, 4), torch.zeros(4, 16, 2, 4, 4), torch.zeros(2, 2, 4, 4).long()
+    reference[:, 0], clean[:, 0] = 9.0, 9.0  # brightness alone is flat
+    classes[0, :, 1, :2] = 1
+    clean[2, 3, 1, 3, 3] = clean[1, 5, 0, 0, 2] = reference[1, 2, 0, 2, 2] = 2.0  # the twin of clip 0; clip 1; its portrait
+    seen = torch.zeros(2, 3, 16)
+    for step in range(40):
+        cells = draw_cells(Draw(0, "cells", step, 0), reference, clean, classes, 5)
+        assert cells.shape == (4, 3, 5) and torch.equal(*cells.chunk(2))
+        assert (cells.diff(dim=-1) > 0).all()
+        seen.scatter_add_(2, cells[:2], torch.ones(2, 3, 5))
+    always = [[[], [4, 5], [4, 5, 15]], [[10], [2], []]]
+    for clip in range(2):
+        for slot in range(3):
+            assert (seen[clip, slot] == 40).nonzero().flatten().tolist() == always[clip][slot]
+    assert (seen > 0).all()
+    numbers = torch.arange(48.0).view(1, 3, 16, 1).expand(4, -1, -1, 2)
+    torch.testing.assert_close(take_cells(numbers, cells)[0, 1, :, 0], 16.0 + cells[0, 1])
 
 
 def test_euler_is_exact_for_a_straight_path():
