@@ -32,11 +32,12 @@ import numpy as np
 from factorportrait.benchmarks.schema import Sweep
 from factorportrait.bundle import MANIFEST, PRECISIONS, Bundle
 from factorportrait.config import config_from_dict
+from factorportrait.cores import allowed_cpus, usable_cores
 from factorportrait.errors import CheckpointError, UserError
 from factorportrait.files import whole_folder
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.cache import KINDS as CACHES
-from factorportrait.runtime.pipeline import default_threads, num_cores
+from factorportrait.runtime.pipeline import default_threads
 from factorportrait.runtime.session import SessionOptions
 from factorportrait.shipped import (
     DEMO_NAME,
@@ -78,7 +79,7 @@ class Case:
         engine: the row that the others are compared with; peers: the other rows, see benchmarks/peers.
         cache: how keys and values are kept (stream mode): auto, inplace or concat.
         embedding, hoist, overlap, commit, step_cache, guidance_steps: see `factorportrait.runtime.session.SessionOptions`.
-        threads: of one operator; None for every core.
+        threads: of one operator; None for every core that the process may use.
         frames: of one repetition. The last chunk should be whole: an incomplete one is not steady.
         io: the shipped driving is read and rendered, and a video written, inside the measured time.
         repetitions: at least so many, at most max_repetitions; they end when the 95 % interval of every row's median is within
@@ -385,13 +386,14 @@ def resolve(case: Case, config: ModelConfig) -> Case:
     options = session_options(case).resolve(config)
     case = replace(
         case, mode=options.mode, steps=options.steps, chunk=options.chunk_frames, window=options.window_frames,
-        threads=case.threads or default_threads(case.overlap, options.mode) or num_cores(),
+        threads=case.threads or default_threads(case.overlap, options.mode) or usable_cores(),
         target_fps=case.target_fps or config.fps, resolution=config.height,
     )  # fmt: skip
-    if case.threads > (cores := num_cores()):
+    if case.threads > (cpus := len(allowed_cpus())):
         raise UserError(
-            f"case {case.name}: threads", expected=f"at most {cores}, the cores here", found=str(case.threads), action="use fewer"
-        )
+            f"case {case.name}: threads", expected=f"at most {cpus}, the processors here", found=str(case.threads),
+            action="use fewer",
+        )  # fmt: skip
     longest = 1 + FRAMES_PER_LATENT * (config.generation.max_clip_frames - 1)
     if case.mode == "clip" and case.frames > longest:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The commands of fp-bench that look at the denoising loop: waterfall and stream."""
+"""The commands of fp-bench that look at the denoising loop: waterfall, stream and threads."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def add_loop_commands(commands) -> None:
     """commands: of `argparse`'s add_subparsers."""
     add_waterfall(commands)
     add_stream(commands)
+    add_threads(commands)
 
 
 def add_waterfall(commands) -> None:
@@ -92,6 +93,43 @@ def stream(options: argparse.Namespace) -> int:
     print(stream_text(report), end="")
     print(f"fp-bench: {options.output}")
     return EXIT_MISSED if report.objections else 0
+
+
+def add_threads(commands) -> None:
+    command = commands.add_parser(
+        "threads", help="how many threads an operator should have here: threads.json",
+        description="The loop with 1, 2, 4, ... threads per operator on the CPU, with and without spinning, all rows in turns.",
+    )  # fmt: skip
+    command.add_argument("bundle", nargs="?", help="bundle folder (default: the shipped demo)")
+    command.add_argument("--threads", metavar="N,N", help="numbers to try (default: 1, 2, 4, ... and every usable core)")
+    command.add_argument("--output", "-o", type=Path, default=Path("threads.json"), help="default threads.json")
+    command.add_argument("--quick", action="store_true", help="one repetition")
+    command.set_defaults(function=threads)
+
+
+def threads(options: argparse.Namespace) -> int:
+    """Measure, write, print."""
+    from factorportrait.benchmarks.threads import measure_threads, threads_text, write_threads
+
+    found = measure_threads(options.bundle, thread_numbers(options.threads), say, quick=options.quick)
+    write_threads(options.output, found)
+    print(threads_text(found), end="")
+    print(f"fp-bench: {options.output}")
+    return 0 if found.fastest is not None else EXIT_MISSED
+
+
+def thread_numbers(text: str | None) -> list[int] | None:
+    """`--threads` of fp-bench threads: "1,2" -> [1, 2], None as it is.
+
+    Raises:
+        UserError: not numbers from 1.
+    """
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError("--threads", expected="numbers from 1 with commas between them", found=text, action="such as --threads 1,2")
+    return sorted({int(word) for word in words})
 
 
 def say(line: str) -> None:

@@ -93,7 +93,7 @@ def open_engine(
     """Open the engine that `choose` names -> the engine and the reason.
 
     Args:
-        threads: of one operator on the CPU; None for every core.
+        threads: of one operator on the CPU; None for every core that the process may use.
         eager: plain calls instead of bound buffers or CUDA graphs.
         spin: on the CPU, see `factorportrait.engines.ort.session_options`.
         checkpoint, device: for torch, see `factorportrait.engines.pytorch.TorchEngine`.

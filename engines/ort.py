@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 
 from factorportrait.bundle import Bundle, StageSpec
+from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Arrays, Call, check_buffers, host_sum
 from factorportrait.errors import BundleError
 from factorportrait.memory import available_memory
@@ -57,6 +58,7 @@ class OrtEngine:
     """The CPU back end: one session per stage, all with the same number of threads.
 
     Args:
+        threads: of one operator; None for every usable core.
         spin: see `session_options`.
     """
 
@@ -65,8 +67,8 @@ class OrtEngine:
     def __init__(self, bundle: Bundle, threads: int | None = None, eager: bool = False, spin: bool = True):
         self.bundle = bundle
         self.eager = eager
-        self.threads = threads
-        self._options = session_options(threads, spin)
+        self.threads = usable_cores() if threads is None else threads
+        self._options = session_options(self.threads, spin)
         self._runners: dict[str, OrtRunner] = {}
 
     def load(self, name: str) -> OrtRunner:
@@ -101,7 +103,7 @@ class OrtEngine:
         return run
 
 
-def session_options(threads: int | None, spin: bool = True) -> onnxruntime.SessionOptions:
+def session_options(threads: int, spin: bool = True) -> onnxruntime.SessionOptions:
     """Options for low latency with one caller: `threads` inside an operator, operators one after another.
 
     Args:
@@ -110,7 +112,7 @@ def session_options(threads: int | None, spin: bool = True) -> onnxruntime.Sessi
             sleep at once: somewhat slower on a quiet machine, much faster where other programs want the cores.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3

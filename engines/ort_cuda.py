@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 
 from factorportrait.bundle import Bundle, StageSpec
+from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, mirrored_sum
 from factorportrait.engines.ort import open_session, session_options
 from factorportrait.engines.tensorrt.cuda import Device
@@ -31,7 +32,7 @@ class OrtCudaRunner:
         def opened(graphs: bool) -> onnxruntime.InferenceSession:
             options = {"device_id": 0, "user_compute_stream": str(cuda.stream), "enable_cuda_graph": str(int(graphs))}
             with cuda.lock:  # it asks for memory
-                return open_session(spec, path, session_options(None), [(PROVIDER, options), "CPUExecutionProvider"])
+                return open_session(spec, path, session_options(usable_cores()), [(PROVIDER, options), "CPUExecutionProvider"])
 
         try:
             self._session = opened(graph_ids is not None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from factorportrait.bundle import MANIFEST
+from factorportrait.cores import usable_cores
 from factorportrait.engines.choose import NAMES, obstacle
 from factorportrait.engines.tensorrt.machine import find_gpu
 from factorportrait.errors import UserError
@@ -81,8 +81,8 @@ def doctor(as_json: bool = False) -> int:
 
 
 def _machine() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    detail = f"{platform.system()} {platform.machine()}, {cores} cores, Python {platform.python_version()}"
+    cores = usable_cores()
+    detail = f"{platform.system()} {platform.machine()}, cores to use: {cores}, Python {platform.python_version()}"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         words = set(cpuinfo.read_text().split())

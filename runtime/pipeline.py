@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Engine
 from factorportrait.errors import UserError
 
@@ -37,7 +37,7 @@ def choose_overlap(kind: str, engine: Engine, mode: str = "stream") -> tuple[str
             return kind, "asked for"
         if mode == "clip":
             return "media", "a clip is one chunk"
-        return ("media", "stages take turns with every core, files beside them") if num_cores() > 1 else ("none", "one core")
+        return ("media", "stages take turns with every core, files beside them") if usable_cores() > 1 else ("none", "one core")
     if kind == "stages":
         raise UserError(
             "--overlap stages", expected="an engine on the CPU", found=f"stages that share {engine.device} and one stream",
@@ -46,20 +46,15 @@ def choose_overlap(kind: str, engine: Engine, mode: str = "stream") -> tuple[str
     return ("media", f"stages take turns on {engine.device}, files do not") if kind == "auto" else (kind, "asked for")
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_threads(overlap: str, mode: str = "stream") -> int | None:
-    """Threads of an operator on the CPU: None, every core, for stages that take turns; half of the cores for those that do not.
+    """Threads of an operator on the CPU: None, every usable core, for stages that take turns; else half of the cores.
 
     Measured on two cores: two threads per operator are 1.7 times as fast as one; three stages of one thread each are faster still,
     and three of two threads each, slower, get in each other's way. That holds while the stages cost alike: where the denoiser is
     nearly everything, as with a light VAE, half of the cores make it slower by half, so "stages" has to be asked for.
     """
     if overlap == "stages" and mode == "stream":
-        return max(1, num_cores() // 2)
+        return max(1, usable_cores() // 2)
     return None
 
 

@@ -174,7 +174,7 @@ def open_bundle(
     Args:
         path: folder made by fp-export.
         engine: of `factorportrait.engines.choose.NAMES`; None takes the best one that runs the bundle here.
-        threads: of one operator on the CPU; None lets the engine take every core.
+        threads: of one operator on the CPU; None for every core that the process may use.
         eager: plain calls instead of bound buffers and CUDA graphs; the same numbers, slower.
         spin: threads of ONNX Runtime keep their cores while a stage runs; False is better where other programs want them.
         verify: read all files first and compare their digests.

@@ -190,11 +190,13 @@ def checkpoint_of(case: Case, folder: Path) -> Path | None:
     return beside if beside.is_dir() else None
 
 
-def _open(case: Case, folder: Path, engine: str, eager: bool = False, overlap: str | None = None) -> LoopSubject:
+def _open(
+    case: Case, folder: Path, engine: str, eager: bool = False, overlap: str | None = None, spin: bool = True
+) -> LoopSubject:
     threads = case.threads
     if overlap is not None:
         case, threads = replace(case, overlap=overlap), max(1, case.threads // 2) if overlap == "stages" else case.threads
-    return LoopSubject(case, open_bundle(folder, engine=engine, threads=threads, eager=eager))
+    return LoopSubject(case, open_bundle(folder, engine=engine, threads=threads, eager=eager, spin=spin))
 
 
 def _open_torch(case: Case, folder: Path, **options) -> LoopSubject:
@@ -238,6 +240,7 @@ TORCH_DEVICE = "cpu" if isinstance(find_gpu(), str) else "cuda"
 LOOPS = (
     _peer("onnxruntime-cpu", "ONNX Runtime on the CPU, bound buffers", "onnxruntime-cpu"),
     _peer("onnxruntime-cpu-eager", "ONNX Runtime on the CPU, calls that allocate every result", "onnxruntime-cpu", eager=True),
+    _peer("onnxruntime-cpu-no-spin", "ONNX Runtime on the CPU, threads sleep while they wait", "onnxruntime-cpu", spin=False),
     _peer(
         "onnxruntime-cpu-stages", "the same with encoder, denoiser and decoder at once, on half of the threads each",
         "onnxruntime-cpu", overlap="stages",

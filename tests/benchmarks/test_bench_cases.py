@@ -147,7 +147,7 @@ def test_the_demo_at_another_size_is_exported_from_its_own_weights(monkeypatch, 
 
 def test_shipped_cases_of_the_demo_fit_the_demo(monkeypatch):
     """Every point of every curve; on a machine with cores enough."""
-    monkeypatch.setattr(cases, "num_cores", lambda: 64)
+    monkeypatch.setattr(cases, "allowed_cpus", lambda: set(range(64)))
     config = read_config(shipped_checkpoint())
     found = [case for case in load_cases(["demo", "demo-int8", "demo-scaling", "pareto"]) if cases.is_demo(case)]
     points = [point for case in found for point, _ in case.points()]

@@ -1,4 +1,4 @@
-"""fp-bench waterfall and fp-bench stream: the rows generate the same, the reports say what was measured."""
+"""fp-bench waterfall, stream and threads: the rows generate the same, the reports say what was measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from factorportrait.benchmarks import cli, loop_commands, stream, waterfall
+from factorportrait.benchmarks import cli, loop_commands, stream, threads, waterfall
 from factorportrait.benchmarks.cases import Case, resolve
 from factorportrait.benchmarks.machine import describe_machine
 from factorportrait.benchmarks.measure import summarise
@@ -128,3 +128,37 @@ def test_objections(tiny_bundle):
         patch.setattr(type(session._denoiser), "generate", wasteful)
         options = SessionOptions(mode="stream", steps=1).resolve(opened.config)
         assert stream.allocated_bytes(opened, options) > stream.LARGE_BYTES
+
+
+def test_numbers_of_threads():
+    assert [threads.numbers_of_threads(cores) for cores in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert loop_commands.thread_numbers("4, 1,1") == [1, 4] and loop_commands.thread_numbers(None) is None
+    for wrong in ("", "0", "1,", "two", "1;2", "²"):
+        with pytest.raises(UserError, match="--threads; expected numbers from 1"):
+            loop_commands.thread_numbers(wrong)
+
+
+def test_threads_are_named_where_they_are_clearly_faster():
+    def row(number, spin, *ms):
+        return threads.Row(number, spin, frame_ms=summarise([list(ms)] * 3))
+
+    slow, usual, close, fast = row(1, True, 20.0, 20.0), row(2, True, 10.0, 12.0), row(2, False, 9.0, 11.0), row(4, True, 5.0, 5.0)
+    missing = threads.Row(8, True, "no such engine")
+    found = threads.Threads("demo", 2, (slow, usual, close, fast, missing), describe_machine(), ("others ran",))
+    assert found.usual is usual and found.fastest is fast
+    text = threads.threads_text(found)
+    assert "fastest: fp-run --threads 4\n" in text and "noisy: others ran" in text
+    assert "--threads 8            no such engine" in text
+    found = dataclasses.replace(found, rows=(slow, usual, close))
+    assert found.fastest is close and "none is clearly faster than --threads 2, what" in threads.threads_text(found)
+    assert dataclasses.replace(found, rows=(missing,)).fastest is None
+
+
+def test_threads_command(tiny_bundle, tmp_path, capsys):
+    output = tmp_path / "threads.json"
+    assert cli.main(["threads", str(tiny_bundle), "--threads", "1", "--quick", "--output", str(output)]) == 0
+    data = json.loads(output.read_text())
+    assert [(row["threads"], row["spin"], row["reason"]) for row in data["rows"]] == [(1, True, ""), (1, False, "")]
+    assert all(row["frame_ms"]["p50"] > 0 for row in data["rows"]) and "--threads 1 --no-spin" in capsys.readouterr().out
+    assert cli.main(["threads", str(tiny_bundle), "--threads", "4096"]) == 2
+    assert "at most" in capsys.readouterr().err

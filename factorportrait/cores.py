@@ -1,0 +1,80 @@
+"""How many cores a process may keep busy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+CGROUPS = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may run on, or fewer where its container has a smaller quota of time.
+
+    ONNX Runtime and PyTorch count the machine's cores. In a container that may use 2 of 64, their 64 threads spend the quota in
+    waiting for each other; and two threads of one core multiply matrices no faster than one.
+    """
+    cores = physical_cores(allowed_cpus(), CPUS)
+    quota = cpu_quota(MEMBERSHIP, CGROUPS)
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def allowed_cpus() -> set[int]:
+    """Logical processors that this process may run on."""
+    return set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+def physical_cores(cpus: Iterable[int], folder: Path) -> int:
+    """Cores that the logical processors `cpus` belong to; all of them count where the system does not tell.
+
+    Args:
+        folder: of Linux's /sys/devices/system/cpu.
+    """
+    seen = set()
+    for cpu in cpus:
+        topology = folder / f"cpu{cpu}" / "topology"
+        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+        seen.add(siblings or str(cpu))
+    return len(seen)
+
+
+def cpu_quota(membership: Path, root: Path) -> float | None:
+    """Cores' worth of time that the process's control groups allow, versions 1 and 2; None where they do not limit it.
+
+    Args:
+        membership: Linux's /proc/self/cgroup; root: where control groups are mounted.
+    """
+    quotas = [quota for folder in _groups(membership, root) if (quota := _quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _groups(membership: Path, root: Path) -> Iterator[Path]:
+    # A container may see its own group at the root, under a path that exists outside only.
+    for line in _read(membership).splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = [root / controllers, root / "cpu"] if controllers else [root]
+        for mount in mounts:
+            inner = PurePosixPath(path.lstrip("/"))
+            yield from (mount / part for part in (inner, *inner.parents))
+
+
+def _quota(folder: Path) -> float | None:
+    words = _read(folder / "cpu.max").split() or [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+    try:
+        quota, period = (float(word) for word in words)
+    except ValueError:  # no such file, or "max"
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
