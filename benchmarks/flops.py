@@ -18,7 +18,7 @@ from factorportrait.benchmarks.schema import Work
 from factorportrait.bundle import Bundle
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT
-from factorportrait.runtime.schedule import parse_guidance
+from factorportrait.runtime.schedule import limit_guidance, parse_guidance
 from factorportrait.runtime.session import SessionOptions
 
 if TYPE_CHECKING:
@@ -249,6 +249,8 @@ def added(first: Work, *others: Work) -> Work:
 def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coefficients: bool) -> dict[str, Work]:
     """Work of every stage in a steady chunk (stream mode), or in a whole clip of `num_frames` pictures.
 
+    With a step cache the steps are left out: which of them run depends on the time embeddings.
+
     Args:
         options: resolved.
         coefficients: the expression comes from ARKit coefficients, not from pictures.
@@ -257,6 +259,8 @@ def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coef
     new = 1 + -(-(num_frames - 1) // FRAMES_PER_LATENT) if clip else options.chunk_frames
     slots, past = (1 + new, 0) if clip else (new, 1 + options.window_frames - options.chunk_frames)
     guidance = parse_guidance(options.guidance, options.steps)
+    if options.guidance_steps is not None:
+        guidance = limit_guidance(guidance, options.guidance_steps)
 
     def work(stage: str, **sizes: int) -> Work:
         return count_graph(bundle.file(bundle.stage(stage).file), sizes)
@@ -278,6 +282,8 @@ def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coef
         works[f"step.{step}"] = scaled(dit, int((weights != 0).sum()))
     if not clip and options.commit == "clean":
         works["commit"] = scaled(dit, guidance.num_sets)
+    if options.step_cache:
+        return {name: each for name, each in works.items() if not name.startswith("step.")} | {"decode": vae("decode")}
     # Where a chunk's steps and commit are one call, they are one stage.
     works["steps"] = added(*(each for name, each in works.items() if name.startswith("step.") or name == "commit"))
     return works | {"decode": vae("decode")}

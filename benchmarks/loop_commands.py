@@ -39,7 +39,7 @@ def waterfall(options: argparse.Namespace) -> int:
     """Measure, write, print."""
     from factorportrait.benchmarks.waterfall import (
         CASES,
-        LIMIT,
+        limit_of,
         measure_waterfall,
         waterfall_case,
         waterfall_text,
@@ -53,7 +53,7 @@ def waterfall(options: argparse.Namespace) -> int:
         found.append(measure_waterfall(case, say, quick=options.quick))
         print(waterfall_text(found[-1]), end="", flush=True)
     print("fp-bench: " + ", ".join(map(str, write_waterfall(options.output, found))))
-    wrong = [bar.name for each in found for bar in each.bars if bar.error is not None and bar.error > LIMIT]
+    wrong = [bar.name for each in found for bar in each.bars if bar.error is not None and bar.error > limit_of(bar.peer)]
     for name in wrong:
         print(f"fp-bench: {name} does not generate what the first row does")
     return EXIT_MISSED if wrong else 0

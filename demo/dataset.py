@@ -15,7 +15,8 @@ A shard holds `CLIPS_PER_SHARD` clips in one .npz (deflate level 1): n clips, T 
 | kind | [n] int8, index into demo.world.motion.KINDS |
 | identity, scene | [n] JSON text: Identity.to_dict(), Scene.to_dict() |
 
-Every clip has its own person. A run can be stopped and started again: finished shards are skipped.
+Every clip has its own person. A run can be stopped and started again: finished shards are skipped. A higher --clips adds to the
+folder; dataset.json says what it holds, and another run with other settings is refused.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import time  # noqa: E402
 import zipfile  # noqa: E402
+import zlib  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -39,8 +42,18 @@ from demo.world.appearance import Appearance, Identity, Scene  # noqa: E402
 from demo.world.head import MATERIALS, HeadModel  # noqa: E402
 from demo.world.motion import KINDS, expressions, sample_clip, sample_portrait  # noqa: E402
 from demo.world.render import Renderer  # noqa: E402
+from factorportrait.command import run_command  # noqa: E402
+from factorportrait.errors import UserError  # noqa: E402
+from factorportrait.files import whole_file  # noqa: E402
+from factorportrait.model_config import FRAMES_PER_LATENT  # noqa: E402
 
 CLIPS_PER_SHARD = 16
+SHORTEST_CLIP = 9  # frames that a crop for the decoder has (demo/train/vae.py)
+CELL = 8  # pixels along one side of a latent cell, of which a picture is a whole number
+SMALLEST_SIZE = 32  # of a picture; in less no face can be told from another
+NOTE = "dataset.json"
+SETTINGS = {"frames": int, "size": int, "seed": int, "split": str, "clips_per_shard": int}  # what it says
+DAMAGED = (ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)  # what reading a damaged shard raises
 MOTION = ("coefficients", "rotation", "translation", "K", "c2w")
 BOX_DENSITY = 8  # every eighth vertex is enough for a box
 _SPLIT_CODES = {"train": 11, "val": 12, "test": 13}
@@ -136,9 +149,53 @@ def write_shard(path: Path, clips: list[dict[str, np.ndarray]]) -> None:
 
 
 def load_shard(path: Path | str) -> dict[str, np.ndarray]:
-    """One shard as a dict of arrays."""
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+    """One shard as a dict of arrays.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except DAMAGED as error:
+        raise UserError(
+            f"{path}", expected="a shard of demo.dataset", found="a damaged file",
+            action="remove it and run python -m demo.dataset again",
+        ) from error  # fmt: skip
+
+
+def clips_in(path: Path) -> int:
+    """How many clips a finished shard holds; none where it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return len(archive["kind"])
+    except (OSError, *DAMAGED):
+        return 0
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the clips of a folder were rendered with, see `SETTINGS`.
+
+    Raises:
+        UserError: the folder's dataset.json is missing or damaged.
+    """
+    note, expected = folder / NOTE, "what python -m demo.dataset writes"
+    action = "render the clips into another folder with python -m demo.dataset"
+    if not note.exists():
+        first = f"run python -m demo.dataset --out {folder} first"
+        raise UserError(f"no {note}", expected=expected, action=action if shard_paths(folder) else first)
+    try:
+        settings = json.loads(note.read_text(encoding="utf-8"))
+        if {name: type(value) for name, value in settings.items()} != SETTINGS:
+            raise ValueError(f"other names than {', '.join(SETTINGS)}")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{note}", expected=expected, found="a damaged file", action=action) from error
+    return settings
+
+
+def fits_latents(frames: int) -> bool:
+    """Whether a clip of so many frames has whole latent frames, and enough of them."""
+    return frames >= SHORTEST_CLIP and frames % FRAMES_PER_LATENT == 1
 
 
 def shard_paths(folder: Path | str) -> list[Path]:
@@ -164,15 +221,22 @@ def _make_shard(job: tuple) -> tuple[int, float]:
 def render_dataset(
     out: Path, clips: int, frames: int = 29, size: int = 128, seed: int = 0, split: str = "train", workers: int = 1
 ) -> None:
-    """Render the shards that are not there yet; prints a line per shard with rate and remaining time."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Render the clips that are not there yet; prints a line per shard with rate and remaining time.
+
+    Raises:
+        UserError: `out` is a file, or holds other clips.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}", expected="a folder", found="a file", action="choose another --out")
     settings = {"frames": frames, "size": size, "seed": seed, "split": split, "clips_per_shard": CLIPS_PER_SHARD}
-    note = out / "dataset.json"
-    if note.exists() and json.loads(note.read_text()) != settings:
-        raise SystemExit(f"{note} holds {note.read_text().strip()}, this run asks for {settings}: choose another --out")
-    temporary = note.with_name(f"dataset.json.part.{os.getpid()}")
-    temporary.write_text(json.dumps(settings) + "\n")
-    os.replace(temporary, note)
+    if (out / NOTE).exists() or shard_paths(out):
+        found = read_settings(out)
+        if found != settings:
+            raise UserError(
+                f"--out {out}", expected=f"clips of {json.dumps(settings)}", found=json.dumps(found), action="choose another --out"
+            )
+    with whole_file(out / NOTE) as part:
+        part.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     jobs = [
         (
             out / f"shard-{start // CLIPS_PER_SHARD:05d}.npz",
@@ -185,7 +249,8 @@ def render_dataset(
         )
         for start in range(0, clips, CLIPS_PER_SHARD)
     ]
-    waiting = [job for job in jobs if not job[0].exists()]
+    # The last shard of an earlier run may be short of what this one wants.
+    waiting = [job for job in jobs if clips_in(job[0]) < job[4]]
     print(
         f"{len(jobs) - len(waiting)} of {len(jobs)} shards are there; rendering {len(waiting)} with {workers} workers",
         flush=True,
@@ -216,19 +281,35 @@ def _one_frame() -> tuple[np.ndarray, ...]:
     return still.coefficients, still.rotation, still.translation, still.K, still.c2w
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises: UserError: a number that no data set can have."""
+    action = "choose another number"
+    for name, least in (("clips", 1), ("seed", 0), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}", expected=f"{least} or more", found=str(getattr(args, name)), action=action)
+    if not fits_latents(args.frames):
+        expected = f"{FRAMES_PER_LATENT}n + 1, at least {SHORTEST_CLIP}, as latent frames want"
+        raise UserError("--frames", expected=expected, found=str(args.frames), action=action)
+    if args.size < SMALLEST_SIZE or args.size % CELL:
+        expected = f"a multiple of {CELL}, at least {SMALLEST_SIZE}"
+        raise UserError("--size", expected=expected, found=str(args.size), action=action)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", type=int, required=True)
     parser.add_argument(
-        "--frames", type=int, default=29, help="frames per clip, 4n + 1 fits the latent frames (default 29)"
+        "--frames", type=int, default=29, help="frames per clip, 4n + 1, at least 9 (default 29)"
     )
     parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--split", choices=("train", "val", "test"), default="train")
-    render_dataset(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    check_arguments(args)
+    render_dataset(**vars(args))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command("demo.dataset", main))

@@ -47,7 +47,8 @@ class DiTSettings(PhaseSettings):
         short_share: of parts with no more than one chunk: more people for the same time, and less attention. With few people in
             a step the update is noise in all directions but the easy ones, and expression is never one of these.
         stream_share: share of parts with the chunk-causal mask.
-        context_share: share of them whose first chunk is clean context.
+        cut_share: of short windows with that mask and more than one frame that are cut into two chunks.
+        context_share: of windows of several chunks, those whose first chunk is clean context, as finished frames are.
         context_noise: highest noise level of that context, for robustness against drift.
         code_noise: of the expression codes, in half of the clips; the rest has the codes of the ARKit map.
         drop: chance that a condition is dropped, for each of them.
@@ -66,6 +67,7 @@ class DiTSettings(PhaseSettings):
 
     short_share: float = 0.9
     stream_share: float = 0.5
+    cut_share: float = 0.5
     context_share: float = 0.3
     context_noise: float = 0.1
     drop: float = 0.04

@@ -19,6 +19,8 @@ if ! "$python" -c "import factorportrait.export" 2>/dev/null; then
     ln -sfn "$PWD"/factorportrait/*.py "$site/factorportrait/"
     for part in export engines runtime benchmarks demo; do ln -sfn "$PWD/$part" "$site/factorportrait/$part"; done
     export PYTHONPATH=$site:$PWD${PYTHONPATH:+:$PYTHONPATH}
+    # python -m looks into this folder first, where factorportrait is without the parts that are linked above.
+    export PYTHONSAFEPATH=1
 fi
 
 workers=$(($(nproc) > 3 ? $(nproc) - 2 : 1))

@@ -50,6 +50,7 @@ class Peer:
         unavailable: case -> why it cannot run here, or "". Cheap: it decides without loading anything.
         open: case, bundle folder -> Subject; raises UserError where it turns out to be unavailable after all.
         whole: it makes pictures; else only some stages are measured, and the row has no latency.
+        fused: it embeds the conditions with the C++ extension where that is built, not with the bundle's graph.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Peer:
     whole: bool = True
     precision: str | None = None  # of its arithmetic; None for the bundle's
     device: str = "cpu"
+    fused: bool = False
 
 
 def missing_package(module: str, extra: str) -> str:

@@ -229,11 +229,13 @@ def _no_compiler(case: Case) -> str:
 
 def _peer(name: str, description: str, engine: str, **options) -> Peer:
     device = "cuda" if engine in ("onnxruntime-cuda", "tensorrt") else "cpu"
-    return Peer(name, description, _obstacle(engine), partial(_open, engine=engine, **options), device=device)
+    opened = partial(_open, engine=engine, **options)
+    return Peer(name, description, _obstacle(engine), opened, device=device, fused=device == "cpu")
 
 
 def _torch_peer(name: str, description: str, unavailable: Callable[[Case], str], precision: str | None = None, **options) -> Peer:
-    return Peer(name, description, unavailable, partial(_open_torch, **options), precision=precision, device=TORCH_DEVICE)
+    device = options.get("device", TORCH_DEVICE)
+    return Peer(name, description, unavailable, partial(_open_torch, **options), precision=precision, device=device)
 
 
 TORCH_DEVICE = "cpu" if isinstance(find_gpu(), str) else "cuda"
@@ -248,6 +250,7 @@ LOOPS = (
     _peer("onnxruntime-cuda", "ONNX Runtime on an NVIDIA GPU", "onnxruntime-cuda"),
     _peer("tensorrt", "TensorRT plans, replayed as CUDA graphs", "tensorrt"),
     _torch_peer("torch", "PyTorch's modules in the same loop (eager on a CPU, CUDA graphs on a GPU)", _obstacle("torch")),
+    _torch_peer("torch-cpu", "PyTorch's modules in the same loop on the CPU, eager", _obstacle("torch"), device="cpu"),
     _torch_peer("torch-bf16", "PyTorch in bfloat16", _obstacle("torch"), precision="bf16", dtype="bfloat16"),
     _torch_peer("torch-compile", "PyTorch through torch.compile", _no_compiler, compile=True),
 )

@@ -36,7 +36,7 @@ class World:
     The one place of the package that reaches for `demo`, and by name, because it is there only for who measures.
 
     Raises:
-        UserError: this is no checkout, or the renderer's packages are missing.
+        UserError: this is no checkout, or packages of the renderer, of SSIM or of the reader are missing.
     """
 
     def __init__(self):
@@ -44,17 +44,19 @@ class World:
             self.dataset = importlib.import_module("demo.dataset")
             self.appearance = importlib.import_module("demo.world.appearance")
             self.motion = importlib.import_module("demo.world.motion")
+            # Not used before the first clip is rendered, generated and compared, which is late to learn that they are missing.
+            # SSIM needs both, so they are wanted although nothing is read.
+            importlib.import_module("skimage.metrics")
+            importlib.import_module("scipy.optimize")
         except ImportError as error:
             missing = (error.name or "").split(".")[0]
-            action = (
-                "clone the repository and run: pip install -e '.[demo]'"
-                if missing in ("demo", "")
-                else "run: pip install -e '.[demo]'"
-            )
+            install = "run: pip install -e '.[demo]'"
+            expected, action = "the packages of the extra [demo]", install
+            if missing in ("demo", ""):
+                expected, action = "the demo's world from a checkout of the repository", f"clone the repository and {install}"
             raise UserError(
-                "ground-truth renders", expected="the demo's world from a checkout of the repository",
-                found=f"no package {missing or error}", action=action,
-            ) from error  # fmt: skip
+                "ground-truth renders and their figures", expected=expected, found=f"no package {missing or error}", action=action
+            ) from error
 
 
 @dataclass(frozen=True)

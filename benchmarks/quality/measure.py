@@ -115,12 +115,19 @@ class Bench:
         self, portrait: np.ndarray, expression: np.ndarray, normals: np.ndarray, motion: Motion, index: int,
         steps: int | None = None, guidance: str | None = None, mode: str | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """uint8 [T, H, W, 3]; the noise depends on the run's seed and `index` alone. expression: pictures of `motion`'s."""
+        """uint8 [T, H, W, 3]; the noise depends on the run's seed and `index` alone.
+
+        Args:
+            expression: pictures of `motion`'s.
+            guidance: in place of the run's, in all steps.
+        """
+        sampler = {"guidance": "1", **self.settings.approximations}
+        if guidance is not None:
+            sampler |= {"guidance": guidance, "guidance_steps": None}
         return drive(
             self.opened, portrait, motion.coefficients if self.settings.expression == "arkit" else expression, normals, motion,
             steps=steps or self.primary_steps, mode=mode or self.generation,
-            **({"guidance": "1", **self.settings.approximations} if guidance is None else {"guidance": guidance}),
-            window_frames=self.window, expression_gain=self.settings.expression_gain,
+            **sampler, window_frames=self.window, expression_gain=self.settings.expression_gain,
             seed=1000 * self.settings.seed + index,
         )  # fmt: skip
 
@@ -177,6 +184,7 @@ class Bench:
         )  # fmt: skip
         made["vae"] = self.autoencoder(clip.frames)
         made["portrait_copied"] = np.broadcast_to(clip.portrait, clip.frames.shape)
+        made["portrait_copied_vae"] = self.autoencoder(made["portrait_copied"])
         made["neutral"] = truth.neutral
         made["neutral_vae"] = self.autoencoder(truth.neutral)
         made["truth"] = clip.frames
@@ -209,10 +217,21 @@ class Bench:
                 "camera D": viewer.frames[moment], "truth": frames[moment], "generated": generated[moment],
             }  # fmt: skip
             sheets.cross_rows.append((f"{person.name} < {driver.name}", shown))
+        methods = {name: self.figures(name, pictures, truth) for name, pictures in made.items()}
+        drivers = self.colours(driver, driver.motion, driver.frames)
+        for name, pictures in {**made, "truth": frames}.items():
+            found = metrics.region_colours(pictures[::REGION_EVERY], truth.regions, self.thresholds["region_pixels"])
+            errors = list(metrics.colour_errors(found, drivers).values())
+            methods.setdefault(name, {})["identity_error_driver"] = float(np.mean(errors)) if errors else None
         return {
-            "person": person.name, "expression": driver.name, "pose": poser.name, "camera": viewer.name,
-            "methods": {name: self.figures(name, pictures, truth) for name, pictures in made.items()},
+            "person": person.name, "expression": driver.name, "pose": poser.name, "camera": viewer.name, "methods": methods,
         }  # fmt: skip
+
+    def colours(self, clip: Clip, motion: Motion, frames: np.ndarray) -> dict[str, np.ndarray]:
+        """Mean colours of the person's regions in every REGION_EVERY-th frame of a true render."""
+        motion = motion.select(slice(None, None, REGION_EVERY))
+        masks = regions(self.world, clip, motion, self.thresholds["region_change"])
+        return metrics.region_colours(frames[::REGION_EVERY], masks, self.thresholds["region_pixels"])
 
     def disentanglement(self, clips: list[Clip], index: int) -> dict[str, Any]:
         """Changes of every factor's reading when one factor is taken from the next clip: generated, and true renders."""
@@ -396,17 +415,21 @@ def stacked(*readings: Reading | None) -> np.ndarray | None:
     return np.concatenate([reading.coefficients for reading in readings])
 
 
-def followed(found: np.ndarray | None, truth: np.ndarray | None) -> float | None:
+def followed(found: np.ndarray | None, truth: np.ndarray | None, known: np.ndarray | None = None) -> float | None:
     """How far the truth's changes of expression are followed: slope of coefficients [T, 52] read from pictures over the truth's.
 
     Both without their means over the moments, so that what is always read counts for nothing. 0: not at all, 1: wholly; None where
     the truth does not change.
+
+    Args:
+        known: coefficients [T, 52] of the truth: they tell whether it changes. Readings of a still face vary.
     """
     if found is None or truth is None:
         return None
-    found, truth = (values - values.mean(0) for values in (found, truth))
+    found, truth, known = (values - values.mean(0) for values in (found, truth, truth if known is None else known))
     size = float(np.square(truth).sum())
-    return float((found * truth).sum()) / size if size > FOLLOWED_FLOOR else None
+    changes = min(size, float(np.square(known).sum()))
+    return float((found * truth).sum()) / size if changes > FOLLOWED_FLOOR else None
 
 
 def reading_errors(found: Reading | None, truth: Reading | None, known: Motion) -> dict[str, float | None]:
@@ -424,7 +447,7 @@ def reading_errors(found: Reading | None, truth: Reading | None, known: Motion) 
     values = (
         np.abs(found.coefficients - truth.coefficients).mean(),
         metrics.angles_deg(found.seen, truth.seen).mean(),
-        followed(found.coefficients, truth.coefficients),
+        followed(found.coefficients, truth.coefficients, known.coefficients),
         np.abs(found.coefficients - known.coefficients).mean(),
         metrics.angles_deg(found.seen, known.seen_rotation).mean(),
         1 - missed / max(np.square(known.coefficients).sum(), 1e-6),

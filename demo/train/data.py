@@ -1,21 +1,73 @@
-"""Shards of `demo.dataset`, unpacked once and memory-mapped. New shards are picked up while training runs."""
+"""Shards of `demo.dataset`, unpacked once and memory-mapped. New shards are picked up while training runs.
+
+What is made from a shard (the unpacked copy, its latents) outlives it, so a note beside it says which shard that was.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from demo.dataset import load_shard, shard_paths
+from demo.dataset import SHORTEST_CLIP, fits_latents, load_shard, read_settings, shard_paths
 from factorportrait.errors import UserError
+from factorportrait.files import whole_file, whole_folder
+from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 
 log = logging.getLogger(__name__)
 PICTURES = ("frames", "twin_frames", "normals", "portrait", "portrait_normals")
+Source = dict[str, Any]  # of a shard, see `source_of`
+
+
+def check_clips(folder: Path, split: str, config: ModelConfig) -> None:
+    """Raises: UserError: the clips of a folder are of another split, or do not fit the model."""
+    found = read_settings(folder)
+    size = (found["size"], found["size"])
+    if found["split"] == split and size == (config.height, config.width) and fits_latents(found["frames"]):
+        return
+    raise UserError(
+        f"clips in {folder}",
+        expected=f"split {split}, {config.height} pixels, {FRAMES_PER_LATENT}n + 1 frames and at least {SHORTEST_CLIP}",
+        found=f"split {found['split']}, {found['size']} pixels, {found['frames']} frames",
+        action=f"python -m demo.dataset --split {split} --size {config.height} --out DIR --clips N renders such clips",
+    )
+
+
+def source_of(shard: Path) -> Source:
+    """What tells a shard from others of its name: the settings of its folder, and the file's size and time."""
+    status = shard.stat()
+    return {"dataset": read_settings(shard.parent), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def read_source(note: Path) -> Source | None:
+    """The note beside a copy; None without one, and nothing that any shard has where it is damaged."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_source(note: Path, source: Source) -> None:
+    with whole_file(note) as part:
+        part.write_text(json.dumps(source) + "\n", encoding="utf-8")
+
+
+def is_made_from(copy: Path, note: Path, source: Source) -> bool:
+    """Whether `copy` is there and was made from that shard. One from before there were notes is believed, and gets its note."""
+    if not copy.exists():
+        return False
+    found = read_source(note)
+    if found is None:
+        write_source(note, source)
+    return found in (None, source)
 
 
 class ClipStore:
@@ -25,6 +77,7 @@ class ClipStore:
         self.folder, self.unpacked = folder, unpacked
         self._shards: list[dict[str, np.ndarray]] = []
         self._names: list[str] = []
+        self.sources: dict[str, Source] = {}  # by name of the shard, as it was when it was opened
         self._places: list[tuple[int, int]] = []
         self.refresh()
         if not self._places:
@@ -58,14 +111,14 @@ class ClipStore:
         return name in self._shards[self._places[clip][0]]
 
     def _open(self, path: Path) -> dict[str, np.ndarray]:
-        target = self.unpacked / path.stem
-        if not target.is_dir():
-            temporary = target.with_name(f"{target.name}.part.{os.getpid()}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for name, values in load_shard(path).items():
-                np.save(temporary / f"{name}.npy", values)
-            os.replace(temporary, target)
+        target, note = self.unpacked / path.stem, "source.json"
+        # Before the shard is read: one that is replaced meanwhile is unpacked again next time.
+        source = self.sources[path.stem] = source_of(path)
+        if not is_made_from(target, target / note, source):
+            with whole_folder(target) as part:
+                for name, values in load_shard(path).items():
+                    np.save(part / f"{name}.npy", values)
+                write_source(part / note, source)
         return {
             file.stem: np.load(file, mmap_mode="r" if file.stem in PICTURES else None) for file in target.glob("*.npy")
         }

@@ -75,7 +75,11 @@ def draw_window(draw: Draw, settings: DiTSettings, generation: GenerationConfig,
     rng = draw.rng
     if draw.chance(settings.short_share):
         frames = 1 + int(rng.choice(len(SHORT_SHARES), p=SHORT_SHARES))
-        chunks = (frames,) if draw.chance(settings.stream_share) else None
+        chunks = None
+        if draw.chance(settings.stream_share):
+            cut = frames > 1 and draw.chance(settings.cut_share)
+            first = int(rng.integers(1, frames)) if cut else frames
+            chunks = (first, frames - first) if cut else (frames,)
         return Window(int(rng.integers(total - frames + 1)), frames, chunks)
     if not draw.chance(settings.stream_share):
         longest = min(total, generation.max_clip_frames)

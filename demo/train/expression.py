@@ -109,8 +109,9 @@ class CodeBasis:
         return CodeBasis(self.mean.to(device), self.scale.to(device), self.basis.to(device))
 
     def code(self, coefficients: Tensor) -> Tensor:
-        """[..., 52] -> [..., E]."""
-        return (coefficients - self.mean) * self.scale @ self.basis
+        """[..., 52] -> [..., E], in fp32 under autocast too."""
+        with torch.autocast(coefficients.device.type, enabled=False):
+            return (coefficients - self.mean) * self.scale @ self.basis
 
     def coefficients(self, code: Tensor) -> Tensor:
         """[..., E] -> [..., 52], the linear probe."""
@@ -143,12 +144,16 @@ def scale_layers(net: nn.Module, *inputs: Any) -> None:
 
 
 def jitter(images: Tensor, draw: Draw) -> Tensor:
-    """[B, 3, S, S] -> the same with another crop, brightness, contrast and tint per picture."""
+    """[B, 3, S, S] -> the same with another crop, brightness, contrast and tint per picture.
+
+    Places are fp32 under autocast too: bf16 is coarser than a pixel at the borders of a picture.
+    """
     amounts = draw.uniform((images.shape[0], 8), images.device) * 2 - 1
     scale, shift = 1 + JITTER * amounts[:, :1], JITTER * amounts[:, 1:3]
     affine = torch.cat([scale, scale * 0, shift[:, :1], scale * 0, scale, shift[:, 1:]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    with torch.autocast(images.device.type, enabled=False):
+        grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+        moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     contrast, brightness = 1 + 0.2 * amounts[:, 3], 0.15 * amounts[:, 4]
     tint = 1 + COLOUR_JITTER * amounts[:, 5:, None, None]
     tinted = (moved + 1) * tint - 1

@@ -21,14 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from demo.train.data import ClipStore, to_unit
+from demo.dataset import read_settings
+from demo.train.data import ClipStore, Source, is_made_from, read_source, source_of, to_unit, write_source
 from demo.train.expression import MIRROR
+from factorportrait.errors import UserError
 from factorportrait.export.models.patch_vae import PatchVAE
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.media.camera import ray_maps
 
 log = logging.getLogger(__name__)
 MARGIN_PX = 5  # around the projected eyes and mouth; brows and lips lie outside of those vertices
+MIRRORED = "-mirrored"  # ends the name of a shard's mirror image
 
 
 def group_frames(values: np.ndarray) -> np.ndarray:
@@ -137,8 +140,40 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     os.replace(temporary, path)
 
 
+def is_encoded(path: Path, source: Source) -> bool:
+    """Whether these latents are there and are those of that shard."""
+    return is_made_from(path, path.with_suffix(".json"), source)
+
+
+def write_encoded(path: Path, arrays: dict[str, np.ndarray], source: Source) -> None:
+    """Latents, then their note: should only one of them get written, they are made again."""
+    write_shard(path, arrays)
+    write_source(path.with_suffix(".json"), source)
+
+
+def check_encoded(folder: Path, clips: Path) -> None:
+    """Compare the latents in `folder` with the shards in `clips`. Shards may be gone, to save room; their settings may not.
+
+    Raises:
+        UserError: latents were made from other clips.
+    """
+    for path in sorted(folder.glob("shard-*.npz")):
+        shard = clips / f"{path.stem.removesuffix(MIRRORED)}.npz"
+        if shard.exists():
+            fits, action = is_encoded(path, source_of(shard)), "run python -m demo.train latents first"
+        else:
+            found = read_source(path.with_suffix(".json"))
+            fits, action = found is None or found.get("dataset") == read_settings(clips), "remove this file"
+        if not fits:
+            raise UserError(f"{path}", expected=f"latents of {shard}", found="those of other clips", action=action)
+
+
 class LatentStore:
-    """All encoded shards of a folder in memory; `refresh` adds new ones."""
+    """All encoded shards of a folder in memory; `refresh` adds new ones.
+
+    Raises:
+        UserError: there are none.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -146,6 +181,9 @@ class LatentStore:
         self._arrays: dict[str, list[np.ndarray]] = {}
         self._places: list[tuple[int, int]] = []
         self.refresh()
+        if not self._places:
+            action = "run python -m demo.train latents first"
+            raise UserError(f"no latents in {folder}", expected="at least those of one shard", action=action)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -1,15 +1,19 @@
-"""The phases in the order in which they run; each takes what the earlier ones left in the work folder."""
+"""The phases in the order in which they run; each takes what the earlier ones left in the work folder.
+
+`run_...` returns whether the phase is finished; it is not when the deadline came first.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ from demo.train import dit as dit_phase
 from demo.train import expression as expression_phase
 from demo.train import latents as latents_phase
 from demo.train import vae as vae_phase
-from demo.train.data import ClipStore
+from demo.train.data import ClipStore, Source, check_clips
 from demo.train.evaluate import evaluate
 from demo.train.trainer import Draw, Metrics, Trainer, save_atomically
 from factorportrait.arkit import ARKIT_NAMES
@@ -56,12 +60,31 @@ class Job:
     def out_of_time(self) -> bool:
         return time.monotonic() >= self.deadline
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        return torch.device(self.device_name or self.preset.device)
+        """Raises: UserError: there is no such device."""
+        name = self.device_name or self.preset.device
+        if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d*))?", name):
+            raise UserError("--device", expected="cpu, cuda, or cuda:0 and so on", found=repr(name), action="name one of these")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if name != "cpu" and int(name.partition(":")[2] or 0) >= count:
+            raise UserError(
+                f"device {name}", expected="an NVIDIA GPU that torch can use", found=f"{count} of them",
+                action="use --preset cpu, or name another --device",
+            )  # fmt: skip
+        return torch.device(name)
 
     def store(self, split: str) -> ClipStore:
+        """Raises: UserError: the clips are of another split or size."""
+        check_clips(self.data / split, split, MODEL)
         return ClipStore(self.data / split, self.work / "unpacked" / split)
+
+    def latents(self, split: str) -> latents_phase.LatentStore:
+        """Raises: UserError: there are none, or those of other clips."""
+        check_clips(self.data / split, split, MODEL)
+        folder = self.work / "latents" / split
+        latents_phase.check_encoded(folder, self.data / split)
+        return latents_phase.LatentStore(folder)
 
     def settings(self, settings: PhaseSettings) -> PhaseSettings:
         return settings if self.minutes is None else replace(settings, minutes=self.minutes)
@@ -99,7 +122,7 @@ def dit_trainer(job: Job, model: FactorPortrait) -> Trainer:
     return Trainer("dit", model, settings, job.work, preset.seed, dit_phase.is_matrix, preset.workers, job.deadline, rate_of)
 
 
-def run_vae(job: Job) -> None:
+def run_vae(job: Job) -> bool:
     train, val = job.store("train"), job.store("val")
     torch.manual_seed(job.preset.seed)
     vae = PatchVAE(MODEL.vae)
@@ -113,7 +136,7 @@ def run_vae(job: Job) -> None:
     def part_loss(vae, draw, part):
         return vae_phase.vae_loss(vae, draw, *vae_phase.sample_crops(train, draw, settings.batch, job.device))
 
-    trainer.run(part_loss, partial(vae_phase.validate, store=val, device=job.device), refresher(train))
+    return trainer.run(part_loss, partial(vae_phase.validate, store=val, device=job.device), refresher(train))
 
 
 def averaged(job: Job, phase: str) -> dict[str, torch.Tensor]:
@@ -137,7 +160,7 @@ def code_basis(job: Job) -> expression_phase.CodeBasis:
     return expression_phase.CodeBasis(**torch.load(path, map_location=job.device, weights_only=True))
 
 
-def run_expression(job: Job) -> None:
+def run_expression(job: Job) -> bool:
     train, val = job.store("train"), job.store("val")
     torch.manual_seed(job.preset.seed)
     basis = code_basis(job)
@@ -153,7 +176,7 @@ def run_expression(job: Job) -> None:
         images, coefficients = expression_phase.sample_images(train, draw, settings.batch, job.device)
         return expression_phase.expression_loss(nets, draw, images, coefficients, basis)
 
-    trainer.run(
+    return trainer.run(
         part_loss,
         partial(expression_phase.validate, store=val, basis=basis, device=job.device),
         refresher(train),
@@ -221,32 +244,40 @@ def run_init(job: Job, checkpoint: Path) -> None:
     log.info("%s: states of the weights of %s", job.work, checkpoint)
 
 
-def run_latents(job: Job) -> None:
+def run_latents(job: Job) -> bool:
     """Encode the shards that are there; run it again when there are more."""
     config = config_with_statistics(job)
     vae = PatchVAE(config.vae).to(job.device).eval()
     vae.load_state_dict(averaged(job, "vae"))
 
-    def encode(split: str, name: str, shard: dict[str, np.ndarray]) -> None:
+    def encode(split: str, source: Source, name: str, shard: dict[str, np.ndarray]) -> bool:
         versions = {name: lambda: shard}
         if split == "train":
-            versions[f"{name}-mirrored"] = lambda: latents_phase.mirrored(shard)
+            versions[name + latents_phase.MIRRORED] = lambda: latents_phase.mirrored(shard)
         for version, arrays in versions.items():
             path = job.work / "latents" / split / f"{version}.npz"
-            if not path.exists() and not job.out_of_time:
-                latents_phase.write_shard(path, latents_phase.encode_shard(vae, arrays(), config, job.device))
-                log.info("latents of %s/%s", split, version)
+            if latents_phase.is_encoded(path, source):
+                continue
+            if job.out_of_time:
+                return False
+            latents_phase.write_encoded(path, latents_phase.encode_shard(vae, arrays(), config, job.device), source)
+            log.info("latents of %s/%s", split, version)
+        return True
 
     if job.preset.workers > 1:
         torch.set_num_threads(1)
+    finished = True
     with ThreadPoolExecutor(job.preset.workers) as pool:
         for split in LATENT_SPLITS:
             (job.work / "latents" / split).mkdir(parents=True, exist_ok=True)
-            list(pool.map(lambda item, split=split: encode(split, *item), job.store(split).shards))
+            store = job.store(split)
+            encoded = pool.map(lambda item, split=split, store=store: encode(split, store.sources[item[0]], *item), store.shards)
+            finished = all(list(encoded)) and finished
+    return finished
 
 
-def run_dit(job: Job) -> None:
-    train, val = (latents_phase.LatentStore(job.work / "latents" / split) for split in ("train", "val"))
+def run_dit(job: Job) -> bool:
+    train, val = job.latents("train"), job.latents("val")
     basis = code_basis(job)
     model = assemble(job)
     dit_phase.prepare(model, basis.code(train.stack("coefficients", list(range(min(64, len(train)))), job.device)))
@@ -261,19 +292,21 @@ def run_dit(job: Job) -> None:
         save_checkpoint(model, job.out, torch.float16)
         return {**dit_phase.validate(model, val, basis, job.device), "clips": len(train)}
 
-    trainer.run(part_loss, validate, refresher(train))
+    return trainer.run(part_loss, validate, refresher(train))
 
 
-def run_export(job: Job) -> None:
+def run_export(job: Job) -> bool:
     """Write the checkpoint folder: fp16 weights, and the demo's head mesh beside them."""
     save_checkpoint(assemble(job), job.out, torch.float16)
     head = Path(__file__).parents[1] / "inputs" / "head.npz"
     if head.exists():
         shutil.copy(head, job.out / "head.npz")
     size = sum(file.stat().st_size for file in job.out.glob("*.safetensors"))
-    log.info("%s: %.1f MiB of weights", job.out, size / 2**20)
+    print(f"{job.out}: {size / 2**20:.1f} MiB of weights", flush=True)
+    return True
 
 
-def run_evaluate(job: Job) -> None:
+def run_evaluate(job: Job) -> bool:
     """Figures and a contact sheet of test identities into the work folder."""
     evaluate(assemble(job).eval(), job.store("test"), job.work, job.device, job.clips, job.preset.workers)
+    return True

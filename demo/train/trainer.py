@@ -141,8 +141,8 @@ class Trainer:
         validate: Callable[[nn.Module], Metrics] | None = None,
         before_step: Callable[[int], None] | None = None,
         log_every: int = 20,
-    ) -> None:
-        """Train until the settings' end, or until the deadline.
+    ) -> bool:
+        """Train until the settings' end, or until the deadline; returns whether it is the end.
 
         Args:
             part_loss: module, draw, part index -> loss and what to log.
@@ -170,6 +170,7 @@ class Trainer:
                 self.save()
                 self._log(validate(self.ema))
         self.save()
+        return self.done
 
     def _log(self, metrics: Metrics) -> None:
         entry = {"phase": self.phase, "step": self.step, "elapsed_s": round(self.elapsed_s, 1)}

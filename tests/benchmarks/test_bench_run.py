@@ -19,6 +19,7 @@ from factorportrait.benchmarks.peers import PEERS
 from factorportrait.benchmarks.schema import Limits, read_report
 from factorportrait.bundle import Bundle
 from factorportrait.errors import UserError
+from factorportrait.runtime.embedding import implementation
 
 CASES = """
 [[case]]
@@ -77,7 +78,9 @@ def test_every_row_has_its_raw_samples_and_its_figures(report):
 
 def test_graphs_have_their_work_and_their_limit(report):
     stages = {stage.name: stage for stage in report.results[0].stages}
-    assert {name for name, stage in stages.items() if stage.work is None} == {"other"}
+    # The extension embeds the conditions where it is built: what is counted, the graph, did not run.
+    uncounted = {"other"} | ({"conditions"} if implementation() != "numpy" else set())
+    assert {name for name, stage in stages.items() if stage.work is None} == uncounted
     for stage in stages.values():
         if stage.work is not None:
             assert stage.limit_ms > 0 and stage.fraction == pytest.approx(stage.limit_ms / stage.per_chunk.p50, rel=1e-4)

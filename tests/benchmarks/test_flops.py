@@ -150,6 +150,11 @@ def test_a_chunk_of_a_bundle_has_every_stage(tiny_bundle, mode):
     assert works["step.0"].flops == pytest.approx(2 * single["step.0"].flops)
     assert single["expression"].flops < works["expression"].flops
     assert all(work.flops > 0 and 0 < work.bytes <= work.node_bytes for work in works.values())
+    few = SessionOptions(mode=mode, steps=2, guidance="2", guidance_steps=1).resolve(bundle.config)
+    few = chunk_work(bundle, few, num_frames=9, coefficients=False)
+    assert few["step.0"].flops == 2 * few["step.1"].flops == works["step.0"].flops
+    cached = SessionOptions(mode=mode, steps=2, step_cache=0.5).resolve(bundle.config)
+    assert not any(name.startswith("step") for name in chunk_work(bundle, cached, num_frames=9, coefficients=False))
 
 
 def test_a_quantised_convolution_with_channels_last():

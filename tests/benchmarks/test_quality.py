@@ -141,7 +141,8 @@ def make_report(**changes) -> report.Report:
         "steps_50": figures(psnr=31.5, psnr_expression=25.5, expression_error=0.1, pose_error_deg=1.0, sharpness=1.0),
         "zeroed": figures(psnr=25.0, expression_error=0.3),
         "vae": figures(psnr=33.0),
-        "portrait_copied": figures(psnr=22.0),
+        "portrait_copied": figures(psnr=21.0),
+        "portrait_copied_vae": figures(psnr=22.0),
         "neutral": figures(psnr=26.0),
         "neutral_vae": figures(psnr=25.0, psnr_expression=18.0),
         "truth": figures(psnr=100.0, expression_error=0.0),
@@ -280,8 +281,21 @@ def test_folder_with_other_things_is_left_alone(tmp_path, capsys):
     assert "an earlier report" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.parametrize("name", ["skimage.metrics", "scipy.optimize"])
+def test_missing_packages_are_named_before_anything_is_rendered(tiny_bundle, tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip("warp")
+    pytest.importorskip("skimage")
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("factorportrait.runtime.session.open_bundle", lambda *args, **options: pytest.fail("opened"))
+    code = cli.main(["quality", str(tiny_bundle), "--quick", "--output", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert code == 2 and err.count("\n") == 1 and not out and not (tmp_path / "out").exists()
+    assert f"found no package {name.split('.')[0]}; run: pip install -e '.[demo]'" in err
+
+
 def test_shards_of_training_people_are_refused(tiny_bundle, tmp_path, capsys):
     pytest.importorskip("warp")
+    pytest.importorskip("skimage")
     (tmp_path / "dataset.json").write_text(json.dumps({"split": "train", "size": 32, "frames": 29}))
     code = cli.main(["quality", str(tiny_bundle), "--output", str(tmp_path / "out"), "--data", str(tmp_path)])
     assert code == 2 and "test split" in capsys.readouterr().err
@@ -311,6 +325,9 @@ def test_quick_run(tiny_bundle, tmp_path, capsys):
         assert found["truth"]["expression_error"] == found["truth"]["pose_error_deg"] == 0
         assert found["truth"]["pose_error_known_deg"] > 0, "a fit that starts at the answer"
         assert found["portrait_copied"]["pose_error_known_deg"] is None, "only what is made is read"
+    for case in made.cross:
+        distances = {name: row["identity_error_driver"] for name, row in case["methods"].items()}
+        assert set(distances) == {"steps_2", "neutral", "portrait_copied", "truth"} and min(distances.values()) > 0
     assert set(made.rulers["reader"]) == {"expression_explained", "expression_error_known", "pose_error_known_deg"}
     assert not made.rulers["reader_missing"]
     assert all("followed" in figures for case in made.actions for figures in case["actions"].values())

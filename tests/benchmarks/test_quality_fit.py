@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("warp")
+pytest.importorskip("skimage")
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -121,6 +122,16 @@ def test_followed_counts_changes_alone():
     spurious[:, 5] = spurious[:, 17] = 0.6
     assert followed(truth, truth) == pytest.approx(1) and followed(truth / 2 + spurious, truth) == pytest.approx(0.5)
     assert followed(spurious, truth) == pytest.approx(0) and followed(truth, spurious) is None and followed(None, truth) is None
+
+
+def test_readings_of_a_still_face_are_not_followed():
+    """The reader is not the same twice: whether the truth changes is for the known coefficients to say."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal((2, 3, 52))
+    moving = np.zeros((3, 52))
+    moving[:, 17] = 0, 0.5, 1
+    assert followed(noise[0], noise[1]) is not None
+    assert followed(noise[0], noise[1], np.full((3, 52), 0.3)) is None
+    assert followed(moving + noise[0] / 5, moving + noise[1] / 5, moving) == pytest.approx(1, abs=0.2)
 
 
 def test_a_tint_is_no_expression(world, clip, still, reader):

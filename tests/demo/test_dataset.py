@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from factorportrait.command import run_command
+from factorportrait.errors import UserError
 
 
 def test_a_seed_gives_the_same_clip():
@@ -57,12 +63,79 @@ def test_shards_have_the_documented_arrays_and_a_run_resumes(tmp_path, monkeypat
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_a_short_last_shard_is_filled_up(tmp_path, monkeypatch, capsys):
+    from demo import dataset
+
+    monkeypatch.setattr(dataset, "CLIPS_PER_SHARD", 2)
+    dataset.render_dataset(tmp_path, clips=3, frames=5, size=32)
+    first = list(dataset.iterate_clips(tmp_path))
+    dataset.render_dataset(tmp_path, clips=4, frames=5, size=32)
+    assert "1 of 2 shards are there" in capsys.readouterr().out
+    clips = list(dataset.iterate_clips(tmp_path))
+    assert len(first) == 3 and len(clips) == 4
+    assert all(np.array_equal(a["frames"], b["frames"]) for a, b in zip(first, clips, strict=False))
+    dataset.render_dataset(tmp_path, clips=1, frames=5, size=32)
+    assert "1 of 1 shards are there" in capsys.readouterr().out and len(list(dataset.iterate_clips(tmp_path))) == 4
+
+
 def test_another_configuration_is_refused(tmp_path):
     from demo import dataset
 
     dataset.render_dataset(tmp_path, clips=0, size=32)
-    with pytest.raises(SystemExit, match="choose another --out"):
+    with pytest.raises(UserError, match="choose another --out"):
         dataset.render_dataset(tmp_path, clips=0, size=48)
+    (tmp_path / "shard-00000.npz").touch()
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(UserError, match="no .*dataset.json"):  # of which split these are, nobody knows
+        dataset.render_dataset(tmp_path, clips=0, size=32)
+
+
+def test_a_damaged_shard_is_named_and_rendered_again(tmp_path):
+    from demo import dataset
+
+    for content in (b"", b"PK\x03\x04 and no more"):
+        (tmp_path / "shard-00000.npz").write_bytes(content)
+        assert dataset.clips_in(tmp_path / "shard-00000.npz") == 0
+        with pytest.raises(UserError, match="shard-00000.npz; .*damaged"):
+            list(dataset.iterate_clips(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--clips", "0"], "--clips; expected 1 or more; found 0"),
+        (["--seed", "-1"], "--seed; expected 0 or more"),
+        (["--workers", "0"], "--workers; expected 1 or more"),
+        (["--frames", "5"], "--frames; expected 4n + 1, at least 9"),
+        (["--frames", "30"], "--frames; expected 4n + 1"),
+        (["--size", "100"], "--size; expected a multiple of 8"),
+        (["--size", "0"], "--size; expected a multiple of 8"),
+        (["--out", "file"], "--out file; expected a folder"),
+        (["--out", "damaged"], "damaged/dataset.json; expected what python -m demo.dataset writes; found a damaged file"),
+        (["--out", "listed"], "listed/dataset.json; expected what python -m demo.dataset writes; found a damaged file"),
+        (["--out", "other"], "--out other; expected clips of"),
+    ],
+)
+def test_bad_arguments_give_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+    from demo import dataset
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    settings = {"frames": 29, "size": 64, "seed": 0, "split": "test", "clips_per_shard": 16}
+    for name, text in (("damaged", "{"), ("listed", "[]"), ("other", json.dumps(settings))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["demo.dataset", "--out", "new", "--clips", "1", *arguments])
+    assert run_command("demo.dataset", dataset.main) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.count("\n") == 1 and not out and not (tmp_path / "new").exists()
+
+
+def test_the_command_ends_without_a_traceback(tmp_path):
+    """`python -m demo.dataset` as the user types it."""
+    command = [sys.executable, "-m", "demo.dataset", "--out", str(tmp_path), "--clips", "0"]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("demo.dataset: error: --clips") and done.stderr.count("\n") == 1
 
 
 def test_twins_differ_in_expression_alone():
