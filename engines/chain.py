@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -52,6 +53,10 @@ class ChainRunner:
         )
         # Ranges read one buffer and write the other, in turns: memory of two, however many there are.
         self._between: dict[tuple[int, ...], list[Buffers]] = {}
+        # Sessions share those buffers, so one runs all its ranges before another begins. On a device the lock is the stream's: a
+        # recorded chunk is replayed under that one alone, and who records holds it already, so that a second could only deadlock.
+        device = getattr(engine, "cuda", None)
+        self._lock = threading.RLock() if device is None else device.lock
 
     def bind(self, inputs: Buffers, outputs: Buffers) -> Call:
         """See `factorportrait.engines.base.Runner.bind`."""
@@ -66,8 +71,9 @@ class ChainRunner:
             calls.append(runner.bind(*sides))
 
         def call() -> None:
-            for part in calls:
-                part()
+            with self._lock:
+                for part in calls:
+                    part()
 
         return call
 
@@ -76,6 +82,7 @@ class ChainRunner:
         if tensor is None:
             raise ValueError(f"stage {self.spec.name}: no range gives {HIDDEN}")
         key = tuple(sizes[str(size)] for size in tensor.shape if isinstance(size, str))
-        if key not in self._between:
-            self._between[key] = [allocate(self._engine, [tensor], sizes)[HIDDEN] for _ in range(2)]
-        return self._between[key][turn % 2]
+        with self._lock:
+            if key not in self._between:
+                self._between[key] = [allocate(self._engine, [tensor], sizes)[HIDDEN] for _ in range(2)]
+            return self._between[key][turn % 2]

@@ -17,6 +17,7 @@ import numpy as np
 
 from factorportrait.bundle import Bundle, StageSpec, TensorSpec
 from factorportrait.checkpoint_files import checkpoint_digests
+from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Buffers, Call, check_buffers, dtype_name
 from factorportrait.errors import UserError
 from factorportrait.memory import available_memory
@@ -41,7 +42,7 @@ class TorchEngine:
             export/precision.toml lists stay in float32.
         compile: hand every stage to torch.compile.
         eager: on a GPU, call the modules instead of replaying CUDA graphs.
-        threads: of torch, in this whole process; None leaves them.
+        threads: of torch, in this whole process; None for every core that it may use on the CPU, and on a GPU leaves them.
 
     Raises:
         UserError: torch is not installed or lacks the device, or the checkpoint is not the bundle's.
@@ -61,15 +62,16 @@ class TorchEngine:
         threads: int | None = None,
     ):
         torch = import_torch()
-        self.bundle, self.compile, self.threads = bundle, compile, threads
+        self.bundle, self.compile = bundle, compile
         self.target = bundle.manifest.targets[0]
         self.device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
         self._check_device(torch)
         self.dtype = self._resolve_dtype(dtype)
         self.graphs = self.whole_chunks = self.device.startswith("cuda") and not eager
         self.in_chunk = False  # calls are part of a chunk's graph and have none of their own
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self.threads = usable_cores() if threads is None and self.device == "cpu" else threads
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         self.torch = torch
         self._stages = self._load_stages(find_checkpoint(bundle, checkpoint))
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+from factorportrait import cgroups
+from factorportrait.cgroups import group_folders, read_text
+
 CPUS = Path("/sys/devices/system/cpu")
-MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def usable_cores() -> int:
@@ -18,7 +19,7 @@ def usable_cores() -> int:
     waiting for each other; and two threads of one core multiply matrices no faster than one.
     """
     cores = physical_cores(allowed_cpus(), CPUS)
-    quota = cpu_quota(MEMBERSHIP, CGROUPS)
+    quota = cpu_quota(cgroups.MEMBERSHIP, cgroups.ROOT)
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
@@ -36,7 +37,7 @@ def physical_cores(cpus: Iterable[int], folder: Path) -> int:
     seen = set()
     for cpu in cpus:
         topology = folder / f"cpu{cpu}" / "topology"
-        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+        siblings = read_text(topology / "core_cpus_list") or read_text(topology / "thread_siblings_list")
         seen.add(siblings or str(cpu))
     return len(seen)
 
@@ -47,34 +48,15 @@ def cpu_quota(membership: Path, root: Path) -> float | None:
     Args:
         membership: Linux's /proc/self/cgroup; root: where control groups are mounted.
     """
-    quotas = [quota for folder in _groups(membership, root) if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in group_folders("cpu", membership, root) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _groups(membership: Path, root: Path) -> Iterator[Path]:
-    # A container may see its own group at the root, under a path that exists outside only.
-    for line in _read(membership).splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounts = [root / controllers, root / "cpu"] if controllers else [root]
-        for mount in mounts:
-            inner = PurePosixPath(path.lstrip("/"))
-            yield from (mount / part for part in (inner, *inner.parents))
-
-
 def _quota(folder: Path) -> float | None:
-    words = _read(folder / "cpu.max").split() or [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
+    words = read_text(folder / "cpu.max").split()
+    words = words or [read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")]
     try:
         quota, period = (float(word) for word in words)
     except ValueError:  # no such file, or "max"
         return None
     return quota / period if quota > 0 and period > 0 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""

@@ -98,15 +98,19 @@ class ConcatCache(_Cache):
     """For `dit`: it is given the past and gives the chunk's keys and values, which are copied into the ring when the chunk is done.
 
     The ring holds the window without the chunk. In clip mode there are no slots and nothing is kept.
+
+    Args:
+        start_frames: of a first chunk that is shorter than the others. The second one looks back on it, also where whole chunks
+            are as long as the window and look back on nothing.
     """
 
     stage = "dit"
 
     def __init__(
         self, engine: Engine, dit: Runner, num_sets: int, chunk_frames: int, window_frames: int,
-        *, clip: bool = False, sink: int = 1,
+        *, clip: bool = False, sink: int = 1, start_frames: int = 0,
     ):  # fmt: skip
-        num_slots = 0 if clip else sink + window_frames - chunk_frames
+        num_slots = 0 if clip else sink + max(window_frames - chunk_frames, start_frames)
         super().__init__(engine, dit, num_sets, num_slots, window_frames, "past", sink)
         self._spec, self._new = dit.spec, {}
 
@@ -114,8 +118,9 @@ class ConcatCache(_Cache):
         """Say which frames come next, the reference being None; gives the number of slots that they look back on."""
         if first_frame is None or self.ring < 0:
             return 0
-        frames = ring_frames(self.ring, first_frame)
-        positions = frame_positions(frames, first_frame + num_frames, self.window_frames, self._sink)
+        frames, end = ring_frames(self.ring, first_frame), first_frame + num_frames
+        frames = frames[frames >= end - self.window_frames]  # all of them, or none behind a short first chunk: a prefix
+        positions = frame_positions(frames, end, self.window_frames, self._sink)
         self._fill("past_positions", np.concatenate([np.arange(self._sink), positions]))
         return self._sink + len(frames)
 

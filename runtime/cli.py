@@ -21,6 +21,12 @@ from factorportrait.runtime.pipeline import OVERLAPS, Behind, default_threads
 from factorportrait.shipped import DEMO_NAME, default_bundle_path, demo_bundle_is_current, shipped_inputs
 
 WRITTEN_BEHIND = 16  # pictures that wait for the video encoder
+# Options that some engines alone look at, and those that streams alone do: given in vain, they are refused.
+ENGINES_OF = {
+    "threads": ("onnxruntime-cpu", "torch"), "no_spin": ("onnxruntime-cpu",), "checkpoint": ("torch",), "device": ("torch",),
+    "plans": ("tensorrt",),
+}  # fmt: skip
+OF_STREAMS = ("chunk", "window", "cache", "commit", "latency")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     generation.add_argument("--chunk", type=int, help="latent frames generated together (stream)")
     generation.add_argument("--window", type=int, help="latent frames that a chunk sees, itself included (stream)")
     cheaper = parser.add_argument_group("approximations", "faster, other pictures; off by default")
-    cheaper.add_argument("--commit", choices=COMMITS, default=COMMITS[0], help="what later chunks see (default clean)")
+    cheaper.add_argument("--commit", choices=COMMITS, default=COMMITS[0], help="what later chunks see (stream; default clean)")
     cheaper.add_argument(
         "--step-cache", type=float, default=0.0, metavar="X",
         help="skip steps until the time embedding has changed by this share, such as 0.2 (default 0: none)",
@@ -96,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     aim = machine.add_mutually_exclusive_group()
     aim.add_argument(
         "--latency", action="store_true",
-        help="first picture soonest: a first chunk of one latent frame, and every core for one stage after the other",
+        help="first picture soonest (stream): a first chunk of one latent frame, and every core for one stage after the other",
     )  # fmt: skip
     aim.add_argument(
         "--throughput", action="store_true", help="most pictures per second (the default): files are read and written meanwhile"
@@ -106,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         "--engine", default="auto", metavar="NAME",
         help="auto (default), tensorrt, onnxruntime-cuda, onnxruntime-cpu or torch; fp-run doctor tells which run here",
     )  # fmt: skip
-    machine.add_argument("--cache", choices=KINDS, default="auto", help="how keys and values are kept (default auto)")
+    machine.add_argument("--cache", choices=KINDS, default="auto", help="how keys and values are kept (stream; default auto)")
     machine.add_argument(
         "--embedding", choices=EMBEDDINGS, default="auto",
         help="who embeds pose and camera: the C++ extension, or the bundle's graph (default auto, and the output says why)",
@@ -119,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--checkpoint", type=Path, help="the bundle's checkpoint, for --engine torch (default: the demo's)")
     machine.add_argument("--device", help="of --engine torch, such as cpu or cuda:0 (default: the GPU if there is one)")
     machine.add_argument("--plans", type=Path, metavar="DIR", help="folder of TensorRT plans (default: in the user's cache)")
-    machine.add_argument("--threads", type=int, help="of one operator (default: every core; half of them where stages overlap)")
+    machine.add_argument("--threads", type=int, help="of one operator on the CPU (default: every core; half where stages overlap)")
     machine.add_argument(
         "--no-spin", action="store_true", help="CPU threads sleep while they wait: faster where other programs want the cores"
     )
@@ -145,6 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.overlap = "none" if arguments.latency else "auto"
     bundle_path = arguments.bundle or demo_bundle()
     from factorportrait.bundle import Bundle
+    from factorportrait.engines.choose import choose
     from factorportrait.runtime.inputs import open_inputs
     from factorportrait.runtime.media.driving import parse_fps
     from factorportrait.runtime.media.fit import crop_box
@@ -161,7 +168,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.latency, arguments.prompt_embeddings, arguments.negative_embeddings, arguments.image_embeddings,
         arguments.expression_gain,
     )  # fmt: skip
-    threads = arguments.threads or default_threads(arguments.overlap, options.resolve(config).mode)
+    mode = options.resolve(config).mode
+    check_unused(arguments, choose(bundle, arguments.engine).name, mode)
+    threads = arguments.threads or default_threads(arguments.overlap, mode)
     portrait = load_portrait(
         arguments.portrait or shipped_inputs() / "portrait.png", config.height, config.width, arguments.fit
     )
@@ -260,6 +269,19 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name}", expected="1 or more", found=str(value), action="choose another number")
 
 
+def check_unused(arguments: argparse.Namespace, engine: str, mode: str) -> None:
+    """Raises UserError for an option that this engine, or this mode, does not look at."""
+    usual = parser().get_default
+    for name in (*ENGINES_OF, *OF_STREAMS):
+        if getattr(arguments, name) == usual(name):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if engine not in ENGINES_OF.get(name, (engine,)):
+            raise UserError(option, expected=f"the engine {' or '.join(ENGINES_OF[name])}", found=engine, action="leave it out")
+        if name in OF_STREAMS and mode != "stream":
+            raise UserError(option, expected="a stream", found=f"--mode {mode}", action="leave it out")
+
+
 def demo_bundle() -> Path:
     """The shipped demo's bundle. It is exported, in a process of its own since that needs torch, when it is missing or was made
     from another checkpoint than the one that ships now."""
@@ -285,7 +307,8 @@ def default_driving(arguments: argparse.Namespace) -> Path | None:
 def figures(session, opened, writer, driving, wall_s: float) -> dict:
     """What `--json` prints: frames, rates, milliseconds, memory.
 
-    `frame_ms` is end to end, reading and rendering the driving and writing the video included; `generate_ms` is the session alone.
+    `frame_ms` is end to end, reading and rendering the driving and writing the video included; `generate_ms` and `generated_fps`
+    are the session alone, and null where its stages overlap: they work on several chunks at once.
     """
     timings = session.timings
     return {
@@ -295,7 +318,7 @@ def figures(session, opened, writer, driving, wall_s: float) -> dict:
         "mode": session.options.mode,
         "steps": session.options.steps,
         "seed": session.options.seed,
-        "generated_fps": round(timings.num_frames / timings.busy_s, 3),
+        "generated_fps": None if timings.busy_s is None else round(timings.num_frames / timings.busy_s, 3),
         **timings.summary(),
         "load_ms": round(1000 * opened.load_s, 1),
         "wall_ms": round(1000 * wall_s, 1),
@@ -326,11 +349,12 @@ def peak_memory_bytes() -> int | None:
 
 
 def print_figures(output: str, report: dict, as_json: bool) -> None:
-    memory = report["peak_memory_bytes"]
+    memory, generate_ms = report["peak_memory_bytes"], report["generate_ms_p50"]
     print(
         f"fp-run: {output}: {report['frames']} frames, {report['frame_ms_p50']:.1f} ms per frame end to end "
-        f"(p95 {report['frame_ms_p95']:.1f}), {report['generate_ms_p50']:.1f} ms of it generating; "
-        f"first frame after {report['time_to_first_frame_ms']:.0f} ms"
+        f"(p95 {report['frame_ms_p95']:.1f})"
+        + (f", {generate_ms:.1f} ms of it generating" if generate_ms is not None else "")
+        + f"; first frame after {report['time_to_first_frame_ms']:.0f} ms"
         + (f"; peak memory {memory / 2**20:.0f} MiB" if memory else "")
     )
     if as_json:

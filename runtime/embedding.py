@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from factorportrait.bundle import EMBED_BIAS, EMBED_WEIGHT
+from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import ModelConfig
@@ -92,10 +93,11 @@ def choose_embedding(
     Args:
         kind: of `KINDS`; "auto" takes the extension where it is built and the engine works in the host's memory.
         arrays: the bundle's constants.
-        engine: whose buffers take the tokens; a call has as many threads as its operators.
+        engine: whose buffers take the tokens. A call has as many threads as its operators; where those run on a device, one per
+            usable core.
 
     Raises:
-        UserError: not of `KINDS`, or "fused" for a bundle without the weights.
+        UserError: not of `KINDS`, "fused" for a bundle without the weights, or FACTORPORTRAIT_EMBED names nothing that runs here.
     """
     if kind not in KINDS:
         raise UserError("--embedding", expected=" or ".join(KINDS), found=kind, action="leave it out to have it chosen")
@@ -118,13 +120,16 @@ def choose_embedding(
         return None, f"the extension computes on the host, the engine on {engine.device}"
     if kind == "auto" and engine.name == "torch":
         return None, "the engine torch, which others are measured against, runs its own modules"
+    if (named := os.environ.get(ENVIRONMENT, "auto")) not in ("auto", *implementations()):
+        action = f"the C++ extension is not installed ({_missing})" if _missing else "choose one of these"
+        raise UserError(ENVIRONMENT, expected=f"auto or {', '.join(implementations())}", found=named, action=action)
     if kind == "auto" and implementation() == "numpy":
         return None, describe_implementation()
     fused = FusedEmbedding(
         arrays[EMBED_WEIGHT], arrays[EMBED_BIAS],
         channels={name: config.fusion.channels(name) for name in config.fusion.streams},
         latent_height=config.latent_height, latent_width=config.latent_width, stride=config.vae.spatial_stride,
-        num_threads=getattr(engine, "threads", None) or 0,
+        num_threads=getattr(engine, "threads", None) or usable_cores(),
     )  # fmt: skip
     return fused, describe_implementation()
 

@@ -112,6 +112,7 @@ class Denoiser:
         in_place: update the cache in the graph (`dit_inplace`); else `dit` is given the past. See `choose_cache`.
         hoist: of `HOISTS`, what leaves the loop; the results are the same.
         commit: of `COMMITS`.
+        start_frames: see `ConcatCache`.
         evaluated: per step, is the transformer run? Else the velocity of the step before is taken again (`kept_steps`).
         rules: see `SlotRules`.
         looked_up: per condition set what cross-attention looks up beside the frames: keys and values of text and picture.
@@ -131,6 +132,7 @@ class Denoiser:
         in_place: bool = False,
         hoist: Collection[str] = HOISTS,
         commit: str = COMMITS[0],
+        start_frames: int = 0,
         evaluated: Sequence[bool] | None = None,
         rules: SlotRules = SlotRules(),  # noqa: B008 (frozen)
         looked_up: Sequence[Buffers] | None = None,
@@ -147,8 +149,9 @@ class Denoiser:
         else:
             clip = mode == "clip"
             self.cache = ConcatCache(
-                engine, self.dit, guidance.num_sets, chunk_frames, window_frames, clip=clip, sink=rules.sink
-            )
+                engine, self.dit, guidance.num_sets, chunk_frames, window_frames, clip=clip, sink=rules.sink,
+                start_frames=start_frames,
+            )  # fmt: skip
         self._slots: dict[int, _Slots] = {}
         self._reference: _Slots | None = None  # where it is computed anew for every chunk
 

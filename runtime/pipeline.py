@@ -148,7 +148,8 @@ class Behind:
     """Calls a function on item after item in a thread, in their order, at most `size` behind whoever hands them over.
 
     What the function raises is raised by the next call, or when the context is left; items after it are let go. Leaving the context
-    waits for all items, after an exception too: what was made is kept.
+    waits for all items, after an exception too: what was made is kept. Who is interrupted while waiting (a second Ctrl-C) waits for
+    the item in work alone: once the context is left, nothing is called any more.
 
     >>> with Behind(writer.write, 8, "writer") as write:
     ...     write(picture)
@@ -157,6 +158,7 @@ class Behind:
     def __init__(self, function: Callable[[Item], object], size: int, name: str):
         self._function, self._items = function, queue.Queue(size)
         self._error: BaseException | None = None
+        self._dropping, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def __enter__(self) -> Behind:
@@ -168,8 +170,15 @@ class Behind:
         self._items.put(item)
 
     def __exit__(self, kind, *_) -> None:
-        self._items.put(_END)
-        self._thread.join()
+        interrupt: BaseException | None = None
+        while not self._ended.is_set():
+            try:
+                self._items.put(_END)  # once more where the interrupt came in its place; what is dropped makes room
+                self._ended.wait()  # not `join`, which cannot be relied on again once it was interrupted
+            except BaseException as raised:
+                self._dropping, interrupt = True, raised
+        if interrupt is not None:
+            raise interrupt
         if kind is None:
             self._raise()
 
@@ -179,14 +188,14 @@ class Behind:
             raise error
 
     def _work(self) -> None:
-        failed = False
         while (item := self._items.get()) is not _END:
-            if failed:
+            if self._dropping:
                 continue
             try:
                 self._function(item)
             except BaseException as error:  # carried to the thread that hands items over
-                self._error, failed = error, True
+                self._error, self._dropping = error, True
+        self._ended.set()
 
 
 _END = object()

@@ -268,7 +268,7 @@ class Session:
         self._denoiser = self.denoiser_class(
             engine, schedule, guidance, noise, mode=options.mode, chunk_frames=options.chunk_frames,
             window_frames=options.window_frames, timings=self.timings, in_place=in_place,
-            hoist=hoist, commit=options.commit,
+            hoist=hoist, commit=options.commit, start_frames=self._start_frames(),
             evaluated=kept_steps(embedded_steps(engine, schedule), options.step_cache) if options.step_cache else None,
             rules=slot_rules(self.config), looked_up=self._looked_up.tensors,
         )  # fmt: skip
@@ -315,6 +315,7 @@ class Session:
         self._num_encoded = 0  # latent frames that a chunk has
         self._last: DrivingFrame | None = None
         self._started: float | None = None
+        self.timings.first_frame_s = None
         self._chunk_before: float | None = None
         self._busy_s = 0.0
         self._finished = False
@@ -352,20 +353,13 @@ class Session:
             UserError: no reference yet, the clip is finished, or a clip longer than the checkpoint's (clip mode).
         """
         self._check_begun("push")
-        start = time.perf_counter()
-        work = self._take(frame)
-        pictures = [] if work is None else self._decode(self._generate(work), work.num_frames)
-        self._account(start, pictures)
-        return pictures
+        return self._pictures_of(self._take, frame)
 
     def finish(self) -> list[np.ndarray]:
         """End the clip: the last chunk is completed by repeating the last frame, and the surplus is not given out."""
         if not self._has_reference or self._finished:
             return []
-        start = time.perf_counter()
-        work = self._complete()
-        pictures = [] if work is None else self._decode(self._generate(work), work.num_frames)
-        self._account(start, pictures)
+        pictures = self._pictures_of(self._complete)
         self._finished = True
         return pictures
 
@@ -390,16 +384,27 @@ class Session:
             return
         self._finished = True  # `push` and `finish` have nothing to do with this clip
         with Pipeline() as line:
-            own_thread = (lambda items, name: line.ahead(items, 1, name)) if self.overlap == "stages" else (lambda items, _: items)
             # As little ahead as keeps all threads busy: more would make the driving older than it has to be, and need memory.
             frames = line.ahead(driving, FRAMES_PER_LATENT * self.options.chunk_frames, "driving", wait=False)
-            latents = self._latents(own_thread(self._works(frames), "encoder"))
-            pictures = self._pictures(own_thread(latents, "denoiser"))
-            start = time.perf_counter()
-            for ready in own_thread(pictures, "decoder"):
-                self._account(start, ready)
-                yield ready
-                start = self._chunk_before
+            if self.overlap == "media":
+                for frame in frames:
+                    if pictures := self._pictures_of(self._take, frame):
+                        yield pictures
+                if pictures := self._pictures_of(self._complete):
+                    yield pictures
+                return
+            latents = self._latents(line.ahead(self._works(frames), 1, "encoder"))
+            for pictures in line.ahead(self._decoded(line.ahead(latents, 1, "denoiser")), 1, "decoder"):
+                self._account(None, pictures)
+                yield pictures
+
+    def _pictures_of(self, gather: Callable[..., _Work | None], *arguments) -> list[np.ndarray]:
+        """Pictures of the chunk that `gather` completes, `_take` or `_complete`: all of it in the caller's thread, and timed."""
+        start = time.perf_counter()
+        work = gather(*arguments)
+        pictures = [] if work is None else self._decode(self._generate(work), work.num_frames)
+        self._account(time.perf_counter() - start, pictures)
+        return pictures
 
     def _works(self, frames: Iterator[DrivingFrame]) -> Iterator[_Work]:
         for frame in frames:
@@ -418,7 +423,7 @@ class Session:
             np.copyto(kept, latents)
             yield kept, work.num_frames
 
-    def _pictures(self, latents: Iterator[tuple[np.ndarray, int]]) -> Iterator[list[np.ndarray]]:
+    def _decoded(self, latents: Iterator[tuple[np.ndarray, int]]) -> Iterator[list[np.ndarray]]:
         for latent_frames, num_frames in latents:
             yield self._decode(latent_frames, num_frames)
 
@@ -439,11 +444,11 @@ class Session:
             raise UserError(what, expected="a portrait first", found=found, action="call set_reference")
 
     def _take(self, frame: DrivingFrame) -> _Work | None:
-        """Encode a driving frame; gives a chunk's work when it is the last one of it."""
+        """Encode a driving frame; gives a chunk's work when it is the last one of it. One that is refused counts for nothing."""
+        self.check_length(self._num_pushed + 1)
+        self._encode(frame)
         self._num_pushed += 1
         self._last = frame
-        self.check_length(self._num_pushed)
-        self._encode(frame)
         return self._cut() if self.options.mode == "stream" and len(self._groups) == self._chunk_size() else None
 
     def _complete(self) -> _Work | None:
@@ -462,11 +467,13 @@ class Session:
 
     def _chunk_size(self) -> int:
         """Latent frames of the chunk that is gathered."""
-        size = self.options.chunk_frames
-        if not self.options.quick_start or size == 1:
-            return size
-        # 1, then what is missing to a whole chunk: behind that, chunks lie in the ring as they always do.
-        return {0: 1, 1: size - 1}.get(self._num_encoded, size)
+        size, start = self.options.chunk_frames, self._start_frames()
+        # A short one, then what is missing to a whole chunk: behind that, chunks lie in the ring as they always do.
+        return {0: start, start: size - start}.get(self._num_encoded, size) if start else size
+
+    def _start_frames(self) -> int:
+        """Latent frames of a first chunk that is shorter than the others; 0 where it is not."""
+        return int(self.options.quick_start and self.options.chunk_frames > 1)
 
     def _cut(self) -> _Work:
         groups, self._groups = self._groups, []
@@ -488,11 +495,12 @@ class Session:
                 pictures += to_pictures(self._decoder())
         return pictures[:num_frames]
 
-    def _account(self, start: float, pictures: list[np.ndarray]) -> None:
+    def _account(self, busy_s: float | None, pictures: list[np.ndarray]) -> None:
+        """Note that so much time was spent, None where stages of several chunks share it, and what came out."""
         now = time.perf_counter()
-        self._busy_s += now - start
+        self._busy_s += busy_s or 0.0
         if pictures:
             if self.timings.first_frame_s is None:
                 self.timings.first_frame_s = now - self._started
-            self.timings.add_chunk(self._busy_s, now - self._chunk_before, len(pictures))
+            self.timings.add_chunk(None if busy_s is None else self._busy_s, now - self._chunk_before, len(pictures))
             self._busy_s, self._chunk_before = 0.0, now

@@ -27,8 +27,9 @@ class Timings:
     """Adds up wall time by stage, and keeps how long the latest chunks took and how many frames each gave.
 
     A chunk's time is told twice. `busy`: inside the session, from the chunk's first driving frame to its pictures, without what the
-    caller does in between. `wall`: since the chunk before (the first: since the reference), with everything: reading and rendering
-    the driving, writing the video, and waiting.
+    caller does in between and without waiting for the driving; None where stages have threads of their own, and work on several
+    chunks at once. `wall`: since the chunk before (the first: since the reference), with everything: reading and rendering the
+    driving, writing the video, and waiting. `first_frame_s` is the latest portrait's: from the reference to its first pictures.
 
     `spans` is None, or a list that every run of a stage is appended to when it ends; whoever sets it takes them out again.
     Stages may run at the same time (`factorportrait.runtime.pipeline`). `wait` is None, or called at the end of every stage: calls
@@ -39,11 +40,11 @@ class Timings:
         self.seconds: dict[str, float] = defaultdict(float)
         self.calls: dict[str, int] = defaultdict(int)
         self.num_frames = 0
-        self.busy_s = 0.0
+        self.busy_s: float | None = 0.0
         self.first_frame_s: float | None = None
         self.spans: list[Span] | None = None
         self.wait: Callable[[], None] | None = None
-        self._chunks: deque[tuple[float, float, int]] = deque(maxlen=KEPT_CHUNKS)
+        self._chunks: deque[tuple[float | None, float, int]] = deque(maxlen=KEPT_CHUNKS)
 
     @contextlib.contextmanager
     def __call__(self, stage: str, index: int | None = None) -> Iterator[None]:
@@ -59,11 +60,11 @@ class Timings:
             if self.spans is not None:
                 self.spans.append(Span(stage, start_ns, end_ns, index))
 
-    def add_chunk(self, busy_s: float, wall_s: float, num_frames: int) -> None:
+    def add_chunk(self, busy_s: float | None, wall_s: float, num_frames: int) -> None:
         """A chunk of so many pictures is ready."""
         self._chunks.append((busy_s, wall_s, num_frames))
         self.num_frames += num_frames
-        self.busy_s += busy_s
+        self.busy_s = None if busy_s is None or self.busy_s is None else self.busy_s + busy_s
 
     @property
     def last_frame_ms(self) -> float | None:
@@ -74,12 +75,16 @@ class Timings:
         return 1000 * wall_s / num_frames
 
     def frame_ms(self, percentile: float, kind: str = "busy") -> float | None:
-        """Percentile over frames of their chunk's time, "busy" or "wall", divided by its frames; None before the first chunk."""
+        """Percentile over frames of their chunk's time, "busy" or "wall", divided by its frames; None before the first chunk, and
+        where nobody knows that time."""
         if not self._chunks:
             return None
-        busy_s, wall_s, frames = (np.array(column) for column in zip(*self._chunks, strict=True))
-        per_frame = 1000 * (busy_s if kind == "busy" else wall_s) / frames
-        return float(np.percentile(np.repeat(per_frame, frames.astype(int)), percentile))
+        busy_s, wall_s, frames = zip(*self._chunks, strict=True)
+        seconds = busy_s if kind == "busy" else wall_s
+        if None in seconds:
+            return None
+        per_frame = 1000 * np.array(seconds) / frames
+        return float(np.percentile(np.repeat(per_frame, frames), percentile))
 
     def summary(self) -> dict[str, object]:
         """Numbers for a report: milliseconds by stage, per-frame percentiles, time to first frame."""

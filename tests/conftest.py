@@ -19,6 +19,13 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """The engine torch sets how many threads the whole process has: the next test has one again."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     """32 x 32 pixels, 4 x 4 latent cells, 4 tokens per latent frame, two blocks of width 64."""

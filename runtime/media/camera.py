@@ -248,6 +248,7 @@ def load_cameras(
         c2w = _matrix(where, frame, "transform_matrix" if nerfstudio else "c2w", 4)
         poses.append(c2w_from_opengl(c2w) if nerfstudio else c2w)
         check_pose(where, poses[-1])
+        poses[-1][3] = 0, 0, 0, 1  # exactly: what takes cameras has no tolerance for what rounding left in a file
         K, size = _intrinsics(where, data, frame, nerfstudio, *(video_size or (height, width)))
         check_intrinsics(where, K)
         _check_aspect(where, size, video_size)

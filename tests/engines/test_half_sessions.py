@@ -62,7 +62,7 @@ def test_the_cache_for_tensorrt_has_the_size_of_the_graph(half):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_torch_in_half_precision(tiny_bundle, tiny_checkpoint, expected, dtype):
     bundle = Bundle(tiny_bundle)
-    opened = OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu", dtype=dtype))
+    opened = OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu", dtype=dtype, threads=1))
     session = opened.session(cache="inplace", **STREAM)
     assert {str(buffer.dtype) for buffer in session._denoiser.cache._memory[0].values()} == {f"torch.{dtype}"}
     latents, _ = latents_and_pictures(opened, 29, session=session)

@@ -10,6 +10,7 @@ import pytest
 from engine_sessions import latents_and_pictures
 
 from factorportrait.bundle import Bundle
+from factorportrait.engines import pytorch
 from factorportrait.engines.ort import OrtEngine
 from factorportrait.engines.pytorch import TorchEngine, find_checkpoint
 from factorportrait.errors import UserError
@@ -28,7 +29,7 @@ def by_ort(bundle):
 
 @pytest.fixture(scope="module")
 def by_torch(bundle, tiny_checkpoint):
-    return OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu"))
+    return OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu", threads=1))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,14 @@ def test_the_cache_is_updated_in_place(by_torch, monkeypatch):
     assert all(buffer.any() for buffer in memory.values())
 
 
+def test_threads_are_those_that_the_process_may_use(bundle, tiny_checkpoint, monkeypatch):
+    """torch would count the machine's cores, also where a container may use few of them."""
+    monkeypatch.setattr(pytorch, "usable_cores", lambda: 3)
+    for given, expected in ((None, 3), (2, 2)):
+        engine = TorchEngine(bundle, tiny_checkpoint, device="cpu", threads=given)
+        assert engine.threads == engine.torch.get_num_threads() == expected
+
+
 def test_another_checkpoint_is_refused(bundle, tiny_checkpoint, tmp_path):
     assert find_checkpoint(bundle, tiny_checkpoint) == tiny_checkpoint
     other = tmp_path / "other"
@@ -90,7 +99,7 @@ def test_what_torch_cannot_run_is_refused(bundle, tiny_checkpoint, tiny_bundle):
 
 def test_bfloat16_stays_near(bundle, by_ort, tiny_checkpoint):
     """Eight bits of mantissa; NumPy has no such type, so the host holds those buffers in float32."""
-    opened = OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu", dtype="bfloat16"))
+    opened = OpenBundle(bundle, TorchEngine(bundle, tiny_checkpoint, device="cpu", dtype="bfloat16", threads=1))
     options = {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "steps": 2, "seed": 3}
     (latents, _), (expected, _) = (latents_and_pictures(each, 13, **options) for each in (opened, by_ort))
     error = np.linalg.norm(latents - expected) / np.linalg.norm(expected)

@@ -107,7 +107,7 @@ def exported(tmp_path_factory):
 
 def run(bundle: Path, output: Path, **changes) -> int:
     values = {"portrait": INPUTS / "portrait.png", "driving": INPUTS / "driving_clip", "frames": FRAMES, "steps": STEPS} | changes
-    command = [str(bundle), "--output", str(output), "--threads", "1"]
+    command = [str(bundle), "--output", str(output), "--engine", "onnxruntime-cpu", "--threads", "1"]
     for name, value in values.items():
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     return fp_run(command)

@@ -6,6 +6,8 @@ the same kernels on the same data agrees to the bit; sums in another order may d
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine_sessions import drifting_pictures, driving, latents_and_pictures
@@ -67,8 +69,9 @@ def test_every_hoist_alone(opened, hoist, embedding):
     assert np.array_equal(found, latents)
 
 
-def test_hoists_save_calls(tiny_bundle):
-    """How often each stage runs for a still picture: once hoisted, and in every pass when not."""
+@pytest.fixture
+def counted(tiny_bundle):
+    """An open bundle, and how often each of its stages has run."""
     opened = open_bundle(tiny_bundle, threads=1)
     counts: dict[str, int] = {}
     load = opened.engine.load
@@ -87,6 +90,41 @@ def test_hoists_save_calls(tiny_bundle):
             return counted
 
     opened.engine.load = lambda name: Counted(load(name))
+    return opened, counts
+
+
+@pytest.mark.parametrize("gain", [1.0, 2.0])
+def test_codes_of_pictures_that_return(counted, gain):
+    """A A B B A, shown in one array that the source fills again: each picture has its own code, and the encoder runs thrice."""
+    opened, counts = counted
+    frames = driving(opened.config, 5)
+    shown = [frames[i].image for i in (0, 0, 4, 4, 0)]
+    expected = opened.session(hoist="none", expression_gain=gain)._encoder
+    codes = [expected.encode_expression(replace(frame, image=image)) for frame, image in zip(frames, shown, strict=True)]
+    assert np.array_equal(codes[0], codes[1]) and np.abs(codes[0] - codes[2]).max() > 1e-3
+
+    def source(memory):
+        for frame, image in zip(frames, shown, strict=True):
+            memory[...] = image
+            yield replace(frame, image=memory)
+
+    runs, pictures = {}, {}
+    for hoist in ("features", "none"):
+        session = opened.session(mode="stream", chunk_frames=1, window_frames=4, steps=1, hoist=hoist, expression_gain=gain)
+        session.set_reference(drifting_pictures(1, 32, 32, 9)[0])
+        counts.clear()
+        kept, push = [], session._encoder.encode_expression
+        session._encoder.encode_expression = lambda frame, kept=kept, push=push: kept.append(push(frame)) or kept[-1]
+        pictures[hoist] = np.stack(list(session.frames(source(np.empty_like(shown[0])))))
+        runs[hoist] = counts["expression_encoder"]
+        assert np.array_equal(kept[:5], codes), hoist
+    assert np.array_equal(pictures["features"], pictures["none"])
+    assert runs == {"features": 3, "none": 5}
+
+
+def test_hoists_save_calls(counted):
+    """How often each stage runs for a still picture: once hoisted, and in every pass when not."""
+    opened, counts = counted
 
     def calls(hoist):
         session = opened.session(mode="stream", chunk_frames=1, window_frames=4, steps=2, embedding="graph", hoist=hoist)

@@ -20,7 +20,8 @@ from PIL import Image
 
 from factorportrait.bundle import SCHEMA
 from factorportrait.engines.tensorrt.machine import find_gpu
-from factorportrait.runtime.cli import main
+from factorportrait.errors import UserError
+from factorportrait.runtime.cli import check_unused, main, parser
 
 
 def decode(path) -> tuple[np.ndarray, Fraction]:
@@ -37,8 +38,10 @@ def arguments(bundle, inputs, output, **changes) -> list[str]:
         "driving": inputs / "driving_clip",
         "frames": 7,
         "steps": 1,
+        "engine": "onnxruntime-cpu",
+        "threads": 1,
     } | changes
-    command = [str(bundle), "--output", str(output), "--threads", "1"]
+    command = [str(bundle), "--output", str(output)]
     for name, value in values.items():
         if value is True:
             command.append(f"--{name.replace('_', '-')}")
@@ -88,13 +91,18 @@ def test_what_runs_at_once_changes_no_picture(tiny_bundle, inputs, tmp_path, cap
     """The default, --throughput and no overlap write the same pictures; --latency begins with a chunk of one latent frame."""
     pictures, reports = {}, {}
     ways = {"default": {}, "throughput": {"throughput": True}, "none": {"overlap": "none"}, "latency": {"latency": True}}
+    ways |= {"stages": {"overlap": "stages"}}
     for name, changes in ways.items():
         output = tmp_path / name
         output.mkdir()
         assert main(arguments(tiny_bundle, inputs, output, json=True, frames=31, chunk=2, window=4, **changes)) == 0
         pictures[name] = np.stack([np.asarray(Image.open(file)) for file in sorted(output.iterdir())])
-        reports[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for name in ("default", "throughput"):
+        *_, line, report = capsys.readouterr().out.splitlines()
+        reports[name] = json.loads(report)
+        # Stages that overlap have no time of their own.
+        assert ("of it generating" in line) == (name != "stages")
+        assert all((reports[name][key] is None) == (name == "stages") for key in ("generated_fps", "generate_ms_p50"))
+    for name in ("default", "throughput", "stages"):
         assert np.array_equal(pictures[name], pictures["none"]), name
     assert pictures["none"].shape == (31, 32, 32, 3) and not np.array_equal(pictures["latency"], pictures["none"])
     assert reports["throughput"]["overlap"] == reports["default"]["overlap"]
@@ -264,6 +272,24 @@ def test_bad_input_is_one_line(tiny_bundle, inputs, tmp_path, capfd, case):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_camera_of_few_digits(tiny_bundle, inputs, tmp_path):
+    """A last row that is 0 0 0 1 to within rounding is a camera for the embedding too."""
+
+    def change(frame):
+        frame["c2w"][3] = [1e-4, 0.0, -1e-4, 1.0]
+
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", **cameras(tmp_path, inputs, change))) == 0
+
+
+def test_an_embedding_that_nothing_knows(tiny_bundle, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FACTORPORTRAIT_EMBED", "avx9")
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4")) == 2
+    assert "error: FACTORPORTRAIT_EMBED; expected auto or numpy" in capsys.readouterr().err
+    assert not (tmp_path / "out.mp4").exists()
+    # Where the graph embeds, nobody asks.
+    assert main(arguments(tiny_bundle, inputs, tmp_path / "out.mp4", embedding="graph", frames=1)) == 0
+
+
 def change_manifest(change):
     def apply(bundle):
         manifest = json.loads((bundle / "manifest.json").read_text())
@@ -397,8 +423,9 @@ def test_the_sound_of_the_driving_is_kept(tiny_bundle, inputs, tmp_path):
 def test_the_engine_and_the_cache_are_told(tiny_bundle, tiny_checkpoint, inputs, tmp_path, capsys):
     """One by itself, one asked for; both render the same pictures to a level."""
     reports = []
+    torch = {"engine": "torch", "checkpoint": tiny_checkpoint, "device": "cpu"}
     for i, changes in enumerate(
-        ({"chunk": 2, "window": 4}, {"engine": "torch", "checkpoint": tiny_checkpoint, "device": "cpu", "chunk": 2, "window": 5})
+        ({"engine": None, "threads": None, "chunk": 2, "window": 4}, torch | {"chunk": 2, "window": 5})
     ):
         assert main(arguments(tiny_bundle, inputs, tmp_path / f"{i}.mp4", json=True, **changes)) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -417,6 +444,14 @@ def test_the_engine_and_the_cache_are_told(tiny_bundle, tiny_checkpoint, inputs,
         ({"engine": "cuda"}, "--engine; expected auto or tensorrt"),
         ({"engine": "torch"}, "was exported from"),  # the tiny bundle is not of the shipped checkpoint
         ({"cache": "inplace", "chunk": 2, "window": 5}, "--cache inplace; .*no multiple of a chunk of 2; use --cache concat"),
+        ({"device": "cpu"}, "--device; expected the engine torch; found onnxruntime-cpu; leave it out"),
+        ({"checkpoint": "folder"}, "--checkpoint; expected the engine torch; found onnxruntime-cpu"),
+        ({"plans": "folder"}, "--plans; expected the engine tensorrt; found onnxruntime-cpu"),
+        ({"engine": "torch", "no_spin": True}, "--no-spin; expected the engine onnxruntime-cpu; found torch"),
+        *(
+            ({"mode": "clip", name: value}, f"--{name}; expected a stream; found --mode clip; leave it out")
+            for name, value in (("cache", "concat"), ("commit", "last-step"), ("chunk", 1), ("window", 2), ("latency", True))
+        ),
     ],
 )
 def test_what_cannot_run_is_one_line(tiny_bundle, inputs, tmp_path, capsys, changes, words):
@@ -424,6 +459,17 @@ def test_what_cannot_run_is_one_line(tiny_bundle, inputs, tmp_path, capsys, chan
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and re.search(words, lines[0])
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_threads_are_the_host_s():
+    """Engines on a device take neither a number of threads nor a way for them to wait."""
+    for engine in ("tensorrt", "onnxruntime-cuda"):
+        for given, option in ((["--threads", "2"], "--threads"), (["--no-spin"], "--no-spin")):
+            with pytest.raises(UserError, match=f"{option}; expected the engine onnxruntime-cpu.*; found {engine}; leave it out"):
+                check_unused(parser().parse_args(given), engine, "stream")
+    check_unused(parser().parse_args(["--plans", "folder"]), "tensorrt", "clip")
+    # What is the default anyway says nothing.
+    check_unused(parser().parse_args(["--cache", "auto", "--commit", "clean"]), "tensorrt", "clip")
 
 
 def test_no_gpu_for_tensorrt(tiny_bundle, inputs, tmp_path, capsys):

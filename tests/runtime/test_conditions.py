@@ -13,6 +13,7 @@ from runtime_oracle import relative_error
 from factorportrait.export.checkpoint import load_checkpoint
 from factorportrait.export.models.expression import ExpressionController
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait, stream_mask
+from factorportrait.runtime import embedding
 from factorportrait.runtime.conditions import ConditionBuilder, Group, group_rays
 from factorportrait.runtime.embedding import choose_embedding, implementations
 from factorportrait.runtime.inputs import default_camera
@@ -155,6 +156,16 @@ def test_state_matters(opened):
     whole = make_builder(opened).chunk(groups, 0).modulation[0]
     alone = make_builder(opened).chunk(groups[2:], 2).modulation[0]
     assert relative_error(alone, whole[:, 2:]) > 1e-2
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(3, 3), (None, 5)])
+def test_threads_of_the_fused_embedding(opened, threads, expected, monkeypatch):
+    """The engine's; on a device it has none on the host, and the embedding takes the cores that the process may use."""
+    monkeypatch.setattr(embedding, "usable_cores", lambda: 5)
+    monkeypatch.setattr(embedding, "FusedEmbedding", lambda *_, num_threads, **__: num_threads)
+    engine = SimpleNamespace(name="any", device="cuda:0", threads=threads)
+    found, _ = choose_embedding("fused", config=opened.config, arrays=opened.bundle.constants(), engine=engine)
+    assert found == expected
 
 
 @pytest.mark.parametrize("aggregator", ["causal_conv", "window", "mean"])

@@ -59,6 +59,8 @@ def test_memory_is_flat_over_2001_frames(tiny_bundle, inputs, tmp_path):
         str(tiny_bundle),
         "--portrait",
         str(inputs / "portrait.png"),
+        "--engine",
+        "onnxruntime-cpu",
         "--threads",
         "1",
     ]

@@ -14,6 +14,8 @@ import pytest
 from engine_sessions import drifting_pictures, driving
 
 from factorportrait.errors import UserError
+from factorportrait.runtime import pipeline
+from factorportrait.runtime import session as runtime_session
 from factorportrait.runtime.pipeline import Behind, Pipeline, choose_overlap, default_threads
 from factorportrait.runtime.session import open_bundle
 
@@ -64,6 +66,41 @@ def test_what_is_written_behind():
     assert seen[-1] == "kept"
 
 
+@pytest.mark.parametrize("where", ["put", "wait"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interrupt_of_the_last_wait(where, times):
+    """Ctrl-C while the end is handed over or waited for: the item in work is waited for, those behind it are dropped."""
+    seen, began, go_on = [], threading.Event(), threading.Event()
+
+    def slow(item):
+        began.set()
+        assert go_on.wait(PATIENCE_S)
+        seen.append(item)
+
+    behind = Behind(slow, 8, "behind")
+    waiter = behind._items if where == "put" else behind._ended
+    wait, interrupts = getattr(waiter, where), []
+
+    def interrupted(*arguments):
+        if where == "put" and isinstance(arguments[0], int):
+            return wait(*arguments)
+        if len(interrupts) < times:
+            interrupts.append(KeyboardInterrupt())
+            raise interrupts[-1]
+        go_on.set()
+        return wait(*arguments)
+
+    setattr(waiter, where, interrupted)
+    with pytest.raises(KeyboardInterrupt), behind as write:
+        for item in range(4):
+            write(item)
+        assert began.wait(PATIENCE_S)
+    left = list(seen)
+    go_on.set()
+    behind._thread.join(PATIENCE_S)
+    assert len(interrupts) == times and left == seen == [0] and not behind._thread.is_alive()
+
+
 def threads() -> set[str]:
     return {thread.name for thread in threading.enumerate()} & {"driving", "encoder", "denoiser", "decoder"}
 
@@ -84,8 +121,9 @@ def test_pictures_do_not_depend_on_the_overlap(opened, mode, overlap):
     for _ in range(2):  # and again: nothing of the clip before is left
         assert np.array_equal(np.stack(list(session.frames(iter(frames)))), alone)
         wait_until(lambda: not threads())
+        assert session.timings.first_frame_s > 0
         session.set_reference(drifting_pictures(1, opened.config.height, opened.config.width, 9)[0])
-    assert session.timings.num_frames == 62 and session.timings.first_frame_s > 0
+    assert session.timings.num_frames == 62
 
 
 def test_stages_run_at_the_same_time(opened):
@@ -296,24 +334,87 @@ def test_a_quick_start_begins_with_one_latent_frame(opened, overlap, chunk, wind
     assert sum(sizes) == 41
 
 
-def test_a_quick_start_does_not_depend_on_the_cache(opened):
-    options = {"chunk_frames": 2, "window_frames": 4, "quick_start": True}
+@pytest.mark.parametrize(("chunk", "window"), [(2, 4), (2, 2), (3, 3)])
+def test_a_quick_start_does_not_depend_on_the_cache(opened, chunk, window):
+    """Also where the window is one chunk: the second, shorter one sees the first, and whole ones see the portrait alone."""
+    options = {"chunk_frames": chunk, "window_frames": window, "quick_start": True}
     frames = driving(opened.config, 41)
     inplace, concat = (
         np.stack(list(begun(opened, cache=cache, **options).frames(frames))).astype(int) for cache in ("inplace", "concat")
     )
     assert np.abs(inplace - concat).max() <= 1
-    later = np.stack(list(begun(opened, chunk_frames=2, window_frames=4).frames(frames)))
+    later = np.stack(list(begun(opened, chunk_frames=chunk, window_frames=window).frames(frames)))
     assert np.abs(inplace - later).max() > 1  # a check of the check: another start, other pictures
 
 
-def test_choice(opened):
+class Clock:
+    """In the place of the module time: it goes on only where a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on(self, seconds: float, function=lambda: None):
+        def timed(*arguments):
+            self.now += seconds
+            return function(*arguments)
+
+        return timed
+
+
+@pytest.mark.parametrize("overlap", ["none", *OVERLAPPED])
+def test_what_a_chunk_took(opened, overlap, monkeypatch):
+    """The session's own time is that of its stages: not the driving's, which is waited for, and not the caller's."""
+    clock = Clock()
+    monkeypatch.setattr(runtime_session, "time", clock)
+    session = begun(opened, overlap=overlap)
+    for stage, seconds in (("_encode", 1), ("_generate", 10), ("_decode", 100)):
+        setattr(session, stage, clock.on(seconds, getattr(session, stage)))
+    waits = clock.on(1000)
+
+    def slow(driving):
+        for frame in driving:
+            waits()
+            yield frame
+
+    # Everything in this thread: what a queue would be waited for comes when it is asked for.
+    monkeypatch.setattr(Pipeline, "ahead", lambda self, items, *_, **__: iter(items))
+    for _ in session.chunks(slow(driving(opened.config, 13))):
+        clock.now += 10_000
+    busy, wall, num_frames = zip(*session.timings._chunks, strict=True)
+    assert num_frames == (5, 8)
+    assert wall == (5 * 1001 + 110, 10_000 + 8 * 1001 + 110)
+    assert busy == ((None, None) if overlap == "stages" else (5 * 1 + 110, 8 * 1 + 110))
+    summary = session.timings.summary()
+    assert summary["time_to_first_frame_ms"] == 1000 * (5 * 1001 + 110)
+    assert summary["generate_ms_p50"] == (None if overlap == "stages" else pytest.approx(1000 * 118 / 8))
+    assert session.timings.busy_s == (None if overlap == "stages" else 115 + 118)
+
+
+def test_every_portrait_has_its_own_time_to_the_first_frame(opened, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(runtime_session, "time", clock)
+    session, portrait = begun(opened), drifting_pictures(1, opened.config.height, opened.config.width, 9)[0]
+    for seconds in (3.0, 2.0):
+        session.set_reference(portrait)
+        assert session.timings.first_frame_s is None
+        clock.now += seconds
+        list(session.frames(driving(opened.config, 5)))
+        assert session.timings.first_frame_s == seconds
+
+
+def test_choice(opened, monkeypatch):
     class Device:
         device = "cuda:0"
 
+    monkeypatch.setattr(pipeline, "usable_cores", lambda: 1)
+    assert choose_overlap("auto", opened.engine) == ("none", "one core") and default_threads("stages") == 1
+    monkeypatch.setattr(pipeline, "usable_cores", lambda: 4)
     assert choose_overlap("auto", opened.engine)[0] == choose_overlap("auto", opened.engine, "clip")[0] == "media"
     assert choose_overlap("auto", Device())[0] == "media" and choose_overlap("stages", opened.engine)[0] == "stages"
-    assert default_threads("auto") is default_threads("none") is None and default_threads("stages") >= 1
+    assert default_threads("auto") is default_threads("none") is None and default_threads("stages") == 2
     assert choose_overlap("none", Device()) == ("none", "asked for")
     with pytest.raises(UserError, match="--overlap stages; expected an engine on the CPU"):
         choose_overlap("stages", Device())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,6 +72,23 @@ def test_as_many_frames_out_as_in(opened, mode, count):
     pictures = render(opened, driving_frames(opened.config, count), mode=mode, steps=1)
     assert len(pictures) == count
     assert all(picture.shape == (32, 32, 3) and picture.dtype == np.uint8 for picture in pictures)
+
+
+@pytest.mark.parametrize("mode", ["stream", "clip"])
+@pytest.mark.parametrize("count", [3, 7])
+def test_a_refused_frame_counts_for_nothing(opened, mode, count):
+    """Frames that cannot be taken, in the middle and at the end: as many pictures as there were others, and the same ones."""
+    frames = driving_frames(opened.config, count)
+    blank = replace(frames[0], image=None)
+    session, pictures = opened.session(mode=mode, steps=1), []
+    session.set_reference(portrait(opened.config))
+    for i, frame in enumerate(frames):
+        pictures += session.push(frame)
+        if i in (1, count - 1):
+            with pytest.raises(UserError, match="driving frame; expected an image"):
+                session.push(blank)
+    pictures += session.finish()
+    assert np.array_equal(np.stack(pictures), np.stack(render(opened, frames, mode=mode, steps=1)))
 
 
 @torch.no_grad()

@@ -31,12 +31,13 @@ def random_conditions(rng, config, count):
     return tokens, modulation
 
 
-def make_denoiser(opened, schedule, guidance, *, mode="stream", chunk=2, window=5, seed=7, in_place=False):
+def make_denoiser(opened, schedule, guidance, *, mode="stream", chunk=2, window=5, seed=7, in_place=False, start=0):
     config = opened.config
     noise = NoiseSource(seed, (16, config.latent_height, config.latent_width))
     return Denoiser(
         opened.engine, schedule, guidance, noise,
         mode=mode, chunk_frames=chunk, window_frames=window, timings=Timings(), in_place=in_place,
+        start_frames=start,
     )  # fmt: skip
 
 
@@ -45,7 +46,8 @@ def run_stream(opened, schedule, sizes, window, chunk, rng_seed=0, guidance=None
     config = opened.config
     rng = np.random.default_rng(rng_seed)
     guidance = guidance or constant_guidance({}, schedule.num_steps)
-    denoiser = make_denoiser(opened, schedule, guidance, chunk=chunk, window=window, in_place=in_place)
+    start = sizes[0] if sizes[0] < chunk else 0
+    denoiser = make_denoiser(opened, schedule, guidance, chunk=chunk, window=window, in_place=in_place, start=start)
     sets = range(guidance.num_sets)
     reference = [random_conditions(rng, config, 1) for _ in sets]
     denoiser.set_reference([tokens for tokens, _ in reference], [modulation for _, modulation in reference])
@@ -70,12 +72,15 @@ def run_stream(opened, schedule, sizes, window, chunk, rng_seed=0, guidance=None
         ([3] * 5, 4, False),
         ([3] * 5, 6, False),
         ([1, 3, 3, 3, 3], 7, False),
+        ([1, 2, 3, 3, 3], 3, False),
+        ([1, 1, 2, 2], 2, False),
         ([2] * 3, 16, False),
         ([1] * 9, 5, True),
         ([1] * 7, 1, True),
         ([2] * 6, 4, True),
         ([3] * 5, 3, True),
         ([3] * 5, 6, True),
+        ([1, 2, 3, 3, 3], 3, True),
         ([2] * 3, 16, True),
     ],
 )

@@ -185,6 +185,15 @@ def test_wrong_camera_files(tmp_path, frames, extra, words):
     one_line(error.value, str(path), *words)
 
 
+@pytest.mark.parametrize("key", ["c2w", "transform_matrix"])
+def test_what_rounding_left_in_the_last_row_is_taken_away(tmp_path, key):
+    """Who computes with cameras asks for 0 0 0 1 exactly."""
+    matrix = frontal()
+    matrix[3] = [1e-4, -5e-5, 2e-6, 1.0005]
+    path = own_file(tmp_path / "c.json", [{key: matrix.tolist()}])
+    assert np.array_equal(load_cameras(path, 64, 64).c2w[0, 3], [0, 0, 0, 1])
+
+
 def test_files_that_are_no_cameras(tmp_path):
     path = tmp_path / "c.json"
     for text, words in (("{", "JSON"), ("[1]", "object"), ("{}", "frames")):
