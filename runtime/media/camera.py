@@ -290,13 +290,13 @@ def check_pose(where: str, c2w: np.ndarray) -> None:
 
 
 def check_intrinsics(where: str, K: np.ndarray) -> None:
-    """MediaError unless K [3,3] is finite, upper triangular without skew, and has positive focal lengths."""
+    """MediaError unless K [3,3] is finite, upper triangular without skew, and has focal lengths of a pixel or more."""
     if not np.isfinite(K).all():
         raise MediaError(f"{where}: K", expected="numbers", found="NaN or infinity", action="check the file")
-    if K[0, 0] <= 0 or K[1, 1] <= 0:
+    if K[0, 0] < 1 or K[1, 1] < 1:
         raise MediaError(
             f"{where}: focal length",
-            expected="pixels above 0",
+            expected="1 pixel or more",
             found=f"{K[0, 0]:g}, {K[1, 1]:g}",
             action="turn signs belong into the camera matrix",
         )

@@ -173,6 +173,7 @@ def broken(index, change):
         ([{"c2w": frontal().tolist()}], {"convention": "opengl"}, ["opengl"]),
         ([{"c2w": frontal().tolist()}], {"width": None}, ["frame 0", "width and height"]),
         ([{"c2w": frontal().tolist()}], {"K": [[-5, 0, 1], [0, 5, 1], [0, 0, 1]]}, ["frame 0", "focal length"]),
+        ([{"c2w": frontal().tolist()}], {"K": [[1e-5, 0, 1], [0, 5, 1], [0, 0, 1]]}, ["frame 0", "focal length", "1 pixel"]),
         ([{"c2w": frontal().tolist()}], {"K": [[5, 1, 1], [0, 5, 1], [0, 0, 1]]}, ["frame 0", "K"]),
         ([{"transform_matrix": np.eye(4).tolist()}], {"K": None, "w": "x"}, ["frame 0"]),
         ([{"transform_matrix": np.eye(4).tolist()}], {"camera_model": "OPENCV_FISHEYE"}, ["pinhole"]),
