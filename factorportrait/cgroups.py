@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def tightest(controller: str, read: Callable[[Path], float | None], membership: Path, root: Path) -> float | None:
+    """The smallest of what `read` finds in `group_folders`, None being no limit; None where there is none at all."""
+    found = map(read, group_folders(controller, membership, root))
+    return min((limit for limit in found if limit is not None), default=None)
 
 
 def group_folders(controller: str, membership: Path, root: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from factorportrait import cgroups
-from factorportrait.cgroups import group_folders, read_text
+from factorportrait.cgroups import read_text, tightest
 
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -48,8 +48,7 @@ def cpu_quota(membership: Path, root: Path) -> float | None:
     Args:
         membership: Linux's /proc/self/cgroup; root: where control groups are mounted.
     """
-    quotas = [quota for folder in group_folders("cpu", membership, root) if (quota := _quota(folder)) is not None]
-    return min(quotas, default=None)
+    return tightest("cpu", _quota, membership, root)
 
 
 def _quota(folder: Path) -> float | None:

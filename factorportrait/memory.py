@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from factorportrait import cgroups
-from factorportrait.cgroups import group_folders, read_text
+from factorportrait.cgroups import read_text, tightest
 
 MEMINFO = Path("/proc/meminfo")
 NO_LIMIT = 2**62  # version 1 has no word for it, but a number of this size
@@ -26,8 +26,7 @@ def group_memory(membership: Path, root: Path) -> int | None:
     Args:
         membership: Linux's /proc/self/cgroup; root: where control groups are mounted.
     """
-    left = [free for folder in group_folders("memory", membership, root) if (free := _left(folder)) is not None]
-    return min(left, default=None)
+    return tightest("memory", _left, membership, root)
 
 
 def _left(folder: Path) -> int | None:
