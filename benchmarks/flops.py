@@ -278,12 +278,8 @@ def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coef
         "pose": vae("encode"),
         "conditions": added(work("expression_controller", N=new), scaled(work("condition_embed", F=new), guidance.num_sets)),
     }
-    for step, weights in enumerate(guidance.weights):
-        works[f"step.{step}"] = scaled(dit, int((weights != 0).sum()))
-    if not clip and options.commit == "clean":
-        works["commit"] = scaled(dit, guidance.num_sets)
-    if options.step_cache:
-        return {name: each for name, each in works.items() if not name.startswith("step.")} | {"decode": vae("decode")}
+    steps = {f"step.{step}": scaled(dit, int((weights != 0).sum())) for step, weights in enumerate(guidance.weights)}
+    commit = {} if clip or options.commit != "clean" else {"commit": scaled(dit, guidance.num_sets)}
     # Where a chunk's steps and commit are one call, they are one stage.
-    works["steps"] = added(*(each for name, each in works.items() if name.startswith("step.") or name == "commit"))
-    return works | {"decode": vae("decode")}
+    passes = steps | commit | {"steps": added(*steps.values(), *commit.values())}
+    return works | (commit if options.step_cache else passes) | {"decode": vae("decode")}

@@ -146,7 +146,7 @@ def scale_layers(net: nn.Module, *inputs: Any) -> None:
 def jitter(images: Tensor, draw: Draw) -> Tensor:
     """[B, 3, S, S] -> the same with another crop, brightness, contrast and tint per picture.
 
-    Places are fp32 under autocast too: bf16 is coarser than a pixel at the borders of a picture.
+    Places are fp32 under autocast too: in bf16 they were up to half a pixel off.
     """
     amounts = draw.uniform((images.shape[0], 8), images.device) * 2 - 1
     scale, shift = 1 + JITTER * amounts[:, :1], JITTER * amounts[:, 1:3]
