@@ -185,7 +185,13 @@ def latents_of(subject, num_frames: int) -> np.ndarray:
     """Clean latents [1,C,N,h,w] of a clip."""
     session, kept = subject.session, []
     generate = session._denoiser.generate
-    session._denoiser.generate = lambda chunk: kept.append(generate(chunk).copy()) or kept[-1]
+
+    def kept_too(chunk):
+        latents = generate(chunk)
+        kept.append(latents.fetch().copy())
+        return latents
+
+    session._denoiser.generate = kept_too
     portrait, driving = synthetic_driving(subject.opened.config, num_frames)
     session.set_reference(portrait)
     for _ in session.frames(driving):

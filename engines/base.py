@@ -93,10 +93,18 @@ class Engine(Protocol):
         """The memory of `buffer` from element `start` on, seen with another shape."""
 
     def mirror(self, buffer: Buffer) -> np.ndarray:
-        """Where the host reads and writes what belongs into `buffer`: the array itself on the CPU, else host memory of its size."""
+        """Where the host reads and writes what belongs into `buffer`: the array itself on the CPU, else host memory of its size,
+        which may hold anything at first."""
 
     def copy(self, source: Buffer, target: Buffer) -> None:
         """Copy between device and host or within either; nothing where both are the same. A copy to the host waits for it."""
+
+    def copy_slot(self, source: Buffer, source_slot: int, target: Buffer, target_slot: int) -> None:
+        """Copy one slot of [B, C, F, h, w] to one of another such buffer, both on the device; nobody waits.
+
+        Raises:
+            ValueError: another dtype or other sizes, or no such slot.
+        """
 
     def weighted_sum(self, target: Buffer, terms: Sequence[tuple[Buffer, float]], spare: Buffer, first: int = 0) -> Call:
         """Bind target = sum of weight * buffer, term after term in float32, so that all engines agree to the bit.
@@ -112,6 +120,17 @@ class Engine(Protocol):
 
         `run` must do the same to the same memory every time; what changes has to lie in that memory.
         """
+
+
+def check_slots(source: Buffer, source_slot: int, target: Buffer, target_slot: int) -> None:
+    """What `Engine.copy_slot` raises."""
+    kinds = [(dtype_name(buffer), *buffer.shape[:2], *buffer.shape[3:]) for buffer in (source, target)]
+    inside = 0 <= source_slot < source.shape[2] and 0 <= target_slot < target.shape[2]
+    if kinds[0] != kinds[1] or not inside:
+        raise ValueError(
+            f"copy of slot {source_slot} of {dtype_name(source)} {list(source.shape)} to slot {target_slot} of "
+            f"{dtype_name(target)} {list(target.shape)}"
+        )
 
 
 def host_sum(

@@ -53,10 +53,10 @@ class ChainRunner:
         )
         # Ranges read one buffer and write the other, in turns: memory of two, however many there are.
         self._between: dict[tuple[int, ...], list[Buffers]] = {}
-        # Sessions share those buffers, so one runs all its ranges before another begins. On a device the lock is the stream's: a
-        # recorded chunk is replayed under that one alone, and who records holds it already, so that a second could only deadlock.
-        device = getattr(engine, "cuda", None)
-        self._lock = threading.RLock() if device is None else device.lock
+        # Sessions share those buffers, so one runs all its ranges before another begins. Where there are graphs the lock is the
+        # engine's: a recorded chunk is replayed under that one alone, and who records holds it, so that a second could deadlock.
+        lock = getattr(engine, "lock", None)
+        self._lock = lock if hasattr(lock, "acquire") else threading.RLock()
 
     def bind(self, inputs: Buffers, outputs: Buffers) -> Call:
         """See `factorportrait.engines.base.Runner.bind`."""

@@ -11,7 +11,7 @@ import onnxruntime
 
 from factorportrait.bundle import Bundle, StageSpec
 from factorportrait.cores import usable_cores
-from factorportrait.engines.base import Arrays, Call, check_buffers, host_sum
+from factorportrait.engines.base import Arrays, Call, check_buffers, check_slots, host_sum
 from factorportrait.errors import BundleError
 from factorportrait.memory import available_memory
 
@@ -93,6 +93,10 @@ class OrtEngine:
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         if source is not target:
             np.copyto(target, source, casting="no")
+
+    def copy_slot(self, source: np.ndarray, source_slot: int, target: np.ndarray, target_slot: int) -> None:
+        check_slots(source, source_slot, target, target_slot)
+        np.copyto(target[:, :, target_slot], source[:, :, source_slot])
 
     def weighted_sum(
         self, target: np.ndarray, terms: Sequence[tuple[np.ndarray, float]], spare: np.ndarray, first: int = 0

@@ -14,7 +14,7 @@ import onnxruntime
 
 from factorportrait.bundle import Bundle, StageSpec
 from factorportrait.cores import usable_cores
-from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, mirrored_sum
+from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, check_slots, mirrored_sum
 from factorportrait.engines.ort import open_session, session_options
 from factorportrait.engines.tensorrt.cuda import Device
 from factorportrait.engines.tensorrt.sums import SumKernel
@@ -87,6 +87,7 @@ class OrtCudaEngine:
 
     def __init__(self, bundle: Bundle, *, graphs: bool = False):
         self.bundle, self.cuda = bundle, Device()
+        self.lock = self.cuda.lock
         self._sums = SumKernel(self.cuda)
         # Its own captured graphs follow each other on one stream; a graph around them it does not allow.
         self.whole_chunks = graphs and not self._sums.reason
@@ -124,6 +125,11 @@ class OrtCudaEngine:
         """See `factorportrait.engines.base.Engine`."""
         if source is not target:
             self.cuda.copy(source, target)
+
+    def copy_slot(self, source: DeviceArray, source_slot: int, target: DeviceArray, target_slot: int) -> None:
+        """See `factorportrait.engines.base.Engine`."""
+        check_slots(source, source_slot, target, target_slot)
+        self.cuda.copy_slot(source, source_slot, target, target_slot)
 
     def weighted_sum(
         self, target: DeviceArray, terms: Sequence[tuple[DeviceArray, float]], spare: DeviceArray, first: int = 0

@@ -6,8 +6,10 @@ against, and runs on every GPU that torch runs on.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import threading
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 from factorportrait.bundle import Bundle, StageSpec, TensorSpec
 from factorportrait.checkpoint_files import checkpoint_digests
 from factorportrait.cores import usable_cores
-from factorportrait.engines.base import Buffers, Call, check_buffers, dtype_name
+from factorportrait.engines.base import Buffers, Call, check_buffers, check_slots, dtype_name
 from factorportrait.errors import UserError
 from factorportrait.memory import available_memory
 
@@ -69,6 +71,8 @@ class TorchEngine:
         self.dtype = self._resolve_dtype(dtype)
         self.graphs = self.whole_chunks = self.device.startswith("cuda") and not eager
         self.in_chunk = False  # calls are part of a chunk's graph and have none of their own
+        # While one thread records a graph, no other may ask the device for anything. On the CPU nobody waits for anybody.
+        self.lock = threading.RLock() if self.graphs else contextlib.nullcontext()
         self.threads = usable_cores() if threads is None and self.device == "cpu" else threads
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -89,7 +93,8 @@ class TorchEngine:
 
     def zeros(self, shape: Iterable[int], dtype: str) -> torch.Tensor:
         """See `factorportrait.engines.base.Engine`."""
-        return self.torch.zeros(tuple(shape), dtype=getattr(self.torch, dtype), device=self.device)
+        with self.lock:
+            return self.torch.zeros(tuple(shape), dtype=getattr(self.torch, dtype), device=self.device)
 
     def free_bytes(self) -> int | None:
         """See `factorportrait.engines.base.Engine`."""
@@ -108,7 +113,8 @@ class TorchEngine:
         dtype = torch.float32 if buffer.dtype == torch.bfloat16 else buffer.dtype
         if buffer.device.type == "cpu" and dtype == buffer.dtype:
             return buffer.numpy()
-        return torch.zeros(buffer.shape, dtype=dtype, pin_memory=self.device.startswith("cuda")).numpy()
+        with self.lock:
+            return torch.zeros(buffer.shape, dtype=dtype, pin_memory=self.device.startswith("cuda")).numpy()
 
     def copy(self, source: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray) -> None:
         """See `factorportrait.engines.base.Engine`."""
@@ -119,7 +125,14 @@ class TorchEngine:
                 f"copy of {dtype_name(source)} {list(source.shape)} to {dtype_name(target)} {list(target.shape)}"
             )
         if source.device != target.device or source.data_ptr() != target.data_ptr():
-            target.copy_(source)
+            with self.lock:
+                target.copy_(source)
+
+    def copy_slot(self, source: torch.Tensor, source_slot: int, target: torch.Tensor, target_slot: int) -> None:
+        """See `factorportrait.engines.base.Engine`."""
+        check_slots(source, source_slot, target, target_slot)
+        with self.lock:
+            target[:, :, target_slot].copy_(source[:, :, source_slot])
 
     def weighted_sum(
         self, target: torch.Tensor, terms: Sequence[tuple[torch.Tensor, float]], spare: torch.Tensor, first: int = 0
@@ -130,10 +143,11 @@ class TorchEngine:
 
         @torch.inference_mode()
         def call() -> None:
-            torch.mul(start, scale, out=target)
-            for source, weight in others:
-                torch.mul(source, weight, out=spare)
-                torch.add(target, spare, out=target)
+            with self.lock:
+                torch.mul(start, scale, out=target)
+                for source, weight in others:
+                    torch.mul(source, weight, out=spare)
+                    torch.add(target, spare, out=target)
 
         return call
 
@@ -149,7 +163,14 @@ class TorchEngine:
             finally:
                 self.in_chunk = before
 
-        return _captured(whole, self.torch, self._pool)
+        return self._locked(_captured(whole, self.torch, self._pool))
+
+    def _locked(self, run: Call) -> Call:
+        def call() -> None:
+            with self.lock:
+                run()
+
+        return call
 
     def _check_device(self, torch) -> None:
         try:
@@ -251,7 +272,7 @@ class TorchRunner:
         if not engine.graphs:
             return run
         captured = _captured(run, torch, engine._pool)
-        return lambda: run() if engine.in_chunk else captured()
+        return engine._locked(lambda: run() if engine.in_chunk else captured())
 
 
 def _captured(run: Call, torch, pool) -> Call:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from factorportrait.engines.base import Buffer, Engine, HostStage, Mirrored, allocate
+from factorportrait.engines.base import Buffer, Call, Engine, HostStage, Mirrored, allocate, dtype_name
 from factorportrait.engines.base import slots as _slots_of
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
@@ -45,7 +46,30 @@ class Group:
     codes: np.ndarray  # [1, 4, E], a clip's first code four times
     K: np.ndarray  # [4, 3, 3], a clip's first camera four times
     c2w: np.ndarray  # [4, 4, 4]
-    pose_latents: np.ndarray  # [16, h, w]
+    pose_latents: Mirrored | None  # [1, 16, 1, h, w], where the engine has them; None where nothing follows the pose
+
+
+class LatentRing:
+    """Memory of the engine for latent frames that wait until a chunk has all of its own.
+
+    Args:
+        size: how many are kept; None never overwrites one.
+    """
+
+    def __init__(self, engine: Engine, size: int | None):
+        self._engine, self._kept = engine, deque[Mirrored](maxlen=size)
+
+    def keep(self, latents: Mirrored) -> Mirrored:
+        """A copy, in new memory or in that of the oldest one."""
+        kept = self._kept
+        if kept.maxlen is not None and len(kept) == kept.maxlen:
+            copied = kept[0]
+        else:
+            copied = Mirrored(self._engine, self._engine.zeros(latents.buffer.shape, dtype_name(latents.buffer)))
+        if kept.maxlen is not None:
+            kept.append(copied)
+        self._engine.copy(latents.buffer, copied.buffer)
+        return copied
 
 
 class GroupEncoder:
@@ -54,15 +78,16 @@ class GroupEncoder:
     Args:
         reuse: a picture like the one before keeps its code, as where the driving was filmed at a lower rate or stands still.
         neutral_code: [E] of a neutral face; gain: what the way from it to a frame's code is multiplied with.
+        kept_groups: how many groups are used at the same time; the pose latents of older ones are overwritten. None for all.
     """
 
     def __init__(
         self, config: ModelConfig, engine: Engine, timings: Timings, *, reuse: bool = True,
-        neutral_code: np.ndarray | None = None, gain: float = 1.0,
+        neutral_code: np.ndarray | None = None, gain: float = 1.0, kept_groups: int | None = None,
     ):  # fmt: skip
         self.config, self.timings, self._reuse = config, timings, reuse
         self._neutral_code, self._gain = neutral_code, np.float32(gain)
-        self._pose = StreamingVAE(engine, "encode")
+        self._pose, self._ring = StreamingVAE(engine, "encode"), LatentRing(engine, kept_groups)
         self._expression, self._arkit = HostStage(engine, "expression_encoder", B=1), HostStage(engine, "arkit_encoder", B=1)
         self._codes: list[np.ndarray] = []
         self._cameras: list[tuple[np.ndarray, np.ndarray]] = []
@@ -127,7 +152,7 @@ class GroupEncoder:
 
     def _complete(self) -> Group:
         with self.timings("pose"):
-            pose_latents = self._pose()[0, :, 0].copy()
+            pose_latents = self._ring.keep(self._pose.run())
         repeat = FRAMES_PER_LATENT if self._first else 1
         K, c2w = (np.stack(side * repeat) for side in (list(each) for each in zip(*self._cameras, strict=True)))
         group = Group(np.stack(self._codes * repeat, axis=1), K, c2w, pose_latents)
@@ -161,7 +186,7 @@ class GraphEmbedder:
     def __init__(
         self, config: ModelConfig, engine: Engine, dropped: Sequence[frozenset[str]], tokens: Sequence[Buffer], given: Sequence[str]
     ):
-        self._config = config
+        self._config, self._engine = config, engine
         runner = engine.load("condition_embed")
         sizes = {"F": tokens[0].shape[1]}
         zeros, fed = (allocate(engine, runner.spec.inputs, sizes) for _ in range(2))
@@ -176,21 +201,22 @@ class GraphEmbedder:
         """Reference latents [1,C,1,h,w] for all slots that hold them."""
         if "reference_latents" in self._fed:
             self._fed["reference_latents"].array[...] = latents
+            self._fed["reference_latents"].send()
 
     def reference(self) -> None:
         """Embed the reference."""
-        self._run()
+        self.compute()
 
-    def frames(self, groups: Sequence[Group]) -> None:
-        """Embed latent frames."""
+    def load(self, groups: Sequence[Group]) -> None:
+        """What is known of latent frames, for `compute` to embed."""
+        poses, rays = self._fed["pose_latents"], self._fed["rays"]
         for i, group in enumerate(groups):
-            self._fed["pose_latents"].array[0, :, i] = group.pose_latents
-        self._fed["rays"].array[0] = group_rays(self._config, groups)
-        self._run()
+            self._engine.copy_slot(group.pose_latents.buffer, 0, poses.buffer, i)
+        rays.array[0] = group_rays(self._config, groups)
+        rays.send()
 
-    def _run(self) -> None:
-        for fed in self._fed.values():
-            fed.send()
+    def compute(self) -> None:
+        """Embed latent frames from what lies on the device: calls of the engine, and nothing of the host's."""
         for call in self._calls:
             call()
 
@@ -224,10 +250,10 @@ class FusedEmbedder:
             self._fused.embed_reference(None if "reference" in drops else self._latents, out=out)
         self._send()
 
-    def frames(self, groups: Sequence[Group]) -> None:
-        """See `GraphEmbedder.frames`."""
+    def load(self, groups: Sequence[Group]) -> None:
+        """See `GraphEmbedder.load`; the host embeds them, so that is all."""
         K, c2w = (np.concatenate([getattr(group, name) for group in groups]) for name in ("K", "c2w"))
-        pose = np.stack([group.pose_latents for group in groups], axis=1)
+        pose = np.concatenate([group.pose_latents.fetch()[0] for group in groups], axis=1)
         for drops, out in zip(self._dropped, self._rows, strict=True):
             cameras = (None, None) if "camera" in drops else (K, c2w)
             self._fused.embed_chunk(*cameras, None if "pose" in drops else pose, num_slots=len(groups), out=out)
@@ -236,23 +262,96 @@ class FusedEmbedder:
                 np.add(slots, self._share, out=slots, casting="same_kind")
         self._send()
 
+    def compute(self) -> None:
+        """See `GraphEmbedder.compute`."""
+
     def _send(self) -> None:
         for target in self._targets:
             target.send()
 
 
-@dataclass(frozen=True)
+class Controller:
+    """The expression controller for chunks of any size, which go on from one state on the device."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._runner = engine, engine.load("expression_controller")
+        before, after = (
+            allocate(engine, [tensor for tensor in side if tensor.name.startswith("state_")], {})
+            for side in (self._runner.spec.inputs, self._runner.spec.outputs)
+        )
+        self._before, self._after = before, after
+        self._first = self.bind(1, [])
+
+    def bind(self, num_frames: int, targets: Sequence[Buffer]) -> Control:
+        """Modulation [1, N, 6, D] of so many latent frames into all targets, bound once."""
+        spec, sizes = self._runner.spec, {"N": num_frames}
+        codes = allocate(self._engine, [tensor for tensor in spec.inputs if tensor.name == "codes"], sizes)["codes"]
+        if not targets:  # a stage cannot be bound without
+            outputs = [tensor for tensor in spec.outputs if tensor.name == "expression_modulation"]
+            targets = list(allocate(self._engine, outputs, sizes).values())
+        call = self._runner.bind(
+            {"codes": codes, **self._before}, {"expression_modulation": targets[0], **self._after}
+        )
+        return Control(self._engine, Mirrored(self._engine, codes), call, tuple(targets))
+
+    def begin(self, code: np.ndarray) -> None:
+        """A new clip, whose first code [1, E] this is."""
+        # The aggregator pads by repeating the first code: one group of it, from any state, leaves that padding behind.
+        for buffer in self._before.values():
+            state = Mirrored(self._engine, buffer)
+            state.array[...] = 0
+            state.send()
+        self._first.load(np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1))
+        self._first.compute()
+
+    def advance(self) -> None:
+        """What is computed next goes on from where the latest ended; until then it can be computed again."""
+        for name, buffer in self._after.items():
+            self._engine.copy(buffer, self._before[name.replace("state_out.", "state_in.")])
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """The controller bound to the codes of N latent frames, and to where their modulation goes."""
+
+    engine: Engine
+    codes: Mirrored
+    call: Call
+    targets: tuple[Buffer, ...]
+
+    def load(self, codes: np.ndarray) -> None:
+        """Codes [1, 4N, E] to the device."""
+        np.copyto(self.codes.array, codes, casting="no")
+        self.codes.send()
+
+    def compute(self) -> None:
+        """Calls of the engine, and nothing of the host's."""
+        self.call()
+        for target in self.targets[1:]:
+            self.engine.copy(self.targets[0], target)
+
+
+@dataclass(frozen=True, eq=False)
 class _Slots:
-    """What embeds a number of latent frames, and per set where their modulation goes: None where the expression is dropped."""
+    """How slots of a number get their conditions; calling it is all that the device has to do for a chunk.
 
+    Attributes:
+        control: None for the reference, whose modulation stays.
+        reference: tokens and modulation of a clip's reference, and where they lie in front of its slots.
+    """
+
+    engine: Engine
+    controller: Controller
     embedder: GraphEmbedder | FusedEmbedder
-    modulation: list[Mirrored | None]
+    control: Control | None
+    reference: list[tuple[Buffer, Buffer]]
 
-    def modulate(self, modulation: np.ndarray) -> None:
-        for kept in self.modulation:
-            if kept is not None:
-                kept.array[...] = modulation
-                kept.send()
+    def __call__(self) -> None:
+        self.controller.advance()
+        self.control.compute()
+        self.embedder.compute()
+        for source, target in self.reference:
+            self.engine.copy(source, target)
 
 
 class ConditionBuilder:
@@ -280,44 +379,46 @@ class ConditionBuilder:
     ):
         self.config, self.engine, self.guidance, self.timings = config, engine, guidance, timings
         self._buffers, self._clip, self._fused, self._hoist = buffers, clip, fused, hoist
-        self._controllers: dict[int, HostStage] = {}
+        self._controller = Controller(engine)
         self._bound: dict[tuple[int, bool], _Slots] = {}
         self._neutral = self._neutral_modulation(np.ascontiguousarray(neutral_code, np.float32)[None])
-        self._state: dict[str, np.ndarray] | None = None
+        self._begun = False
         self._reference: np.ndarray | None = None  # latents [1, C, 1, h, w]
 
     def reset(self) -> None:
-        self._state = None
+        self._begun = False
 
     def reference(self, latents: np.ndarray) -> tuple[list[Buffer], list[Buffer]]:
         """Reference latents [1,C,1,h,w] -> per set condition tokens [1,1,T,D] and modulation [1,1,6,D] of slot 0."""
         self._reference = latents.copy()  # the caller's memory is the encoder's, which holds the poses next
         for bound in self._bound.values():
             bound.embedder.set_reference(self._reference)
-        slots = self._slots(1, is_reference=True)
-        slots.embedder.reference()
-        slots.modulate(self._neutral)
-        return self._buffers(1)
+        self._slots(1, is_reference=True).embedder.reference()
+        tokens, modulation = self._buffers(1)
+        for target, drops in zip(modulation, self.guidance.dropped, strict=True):
+            if "expression" not in drops:
+                self.engine.copy(self._neutral, target)
+        return tokens, modulation
 
     def chunk(self, groups: list[Group], first_frame: int) -> ChunkConditions:
         """Conditions of consecutive latent frames; call once per chunk, in order. The next chunk of this size overwrites them."""
+        again, compute = [], None
         with self.timings("conditions"):
             slots, codes = self._slots(len(groups), is_reference=False), np.concatenate([group.codes for group in groups], axis=1)
-            before = self._initial_state(codes[:, 0]) if self._state is None else self._state
-            modulation, self._state = self._control(codes, before)
-            slots.modulate(modulation)
-            slots.embedder.frames(groups)
-            buffers = self._buffers(len(groups) + self._clip)
-            if self._clip:
-                for one, every in zip(self._buffers(1), buffers, strict=True):
-                    for reference, whole in zip(one, every, strict=True):
-                        self.engine.copy(reference, _slots_of(self.engine, whole, 0, 1))
-        again = []
-        if "conditions" not in self._hoist:
-            again.append(lambda: slots.embedder.frames(groups))
-        if "modulation" not in self._hoist:
-            again.append(lambda: slots.modulate(self._control(codes, before)[0]))
-        return ChunkConditions(first_frame, *buffers, tuple(again))
+            if not self._begun:
+                self._controller.begin(codes[:, 0])
+                self._begun = True
+            slots.control.load(codes)
+            slots.embedder.load(groups)
+            if "conditions" not in self._hoist:
+                again += [lambda: slots.embedder.load(groups), slots.embedder.compute]
+            if "modulation" not in self._hoist:
+                again.append(slots.control.compute)
+            if self.engine.whole_chunks and not again:
+                compute = slots  # with the steps
+            else:
+                slots()
+        return ChunkConditions(first_frame, *self._buffers(len(groups) + self._clip), compute, tuple(again))
 
     def _slots(self, num_frames: int, *, is_reference: bool) -> _Slots:
         key = num_frames, is_reference
@@ -327,9 +428,9 @@ class ConditionBuilder:
 
     def _bind(self, num_frames: int, is_reference: bool) -> _Slots:
         first = 1 if self._clip and not is_reference else 0
+        whole = self._buffers(first + num_frames)
         tokens, modulation = (
-            [_slots_of(self.engine, buffer, first, first + num_frames) for buffer in side]
-            for side in self._buffers(first + num_frames)
+            [_slots_of(self.engine, buffer, first, first + num_frames) for buffer in side] for side in whole
         )
         dropped = self.guidance.dropped
         of_reference = ["reference_latents"] if is_reference or self.config.fusion.reference_slots == "all" else []
@@ -340,31 +441,20 @@ class ConditionBuilder:
             embedder = FusedEmbedder(self._fused, self.engine, dropped, tokens, bool(of_reference and of_frames))
         if self._reference is not None:
             embedder.set_reference(self._reference)
-        kept = [
-            None if "expression" in drops else Mirrored(self.engine, target)
-            for drops, target in zip(dropped, modulation, strict=True)
+        followed = [target for target, drops in zip(modulation, dropped, strict=True) if "expression" not in drops]
+        control = None if is_reference else self._controller.bind(num_frames, followed)
+        of_clip = [
+            (one, _slots_of(self.engine, every, 0, 1))
+            for ones, wholes in (zip(self._buffers(1), whole, strict=True) if first else ())
+            for one, every in zip(ones, wholes, strict=True)
         ]
-        return _Slots(embedder, kept)
+        return _Slots(self.engine, self._controller, embedder, control, of_clip)
 
-    def _control(self, codes: np.ndarray, state: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """codes [1, 4N, E] -> modulation [1, N, 6, D], which the next call overwrites, and a state of its own."""
-        num_frames = codes.shape[1] // FRAMES_PER_LATENT
-        if num_frames not in self._controllers:
-            self._controllers[num_frames] = HostStage(self.engine, "expression_controller", N=num_frames)
-        results = self._controllers[num_frames](codes=codes, **{f"state_in.{name}": value for name, value in state.items()})
-        state = {name.partition(".")[2]: value.copy() for name, value in results.items() if name.startswith("state_out.")}
-        return results["expression_modulation"], state
-
-    def _initial_state(self, code: np.ndarray) -> dict[str, np.ndarray]:
-        # The aggregator pads by repeating the first code: one group of it, from any state, leaves that padding behind.
-        tensors = self.engine.load("expression_controller").spec.inputs
-        zeros = {
-            tensor.name.partition(".")[2]: np.zeros(tensor.shape, tensor.dtype)
-            for tensor in tensors
-            if tensor.name.startswith("state_in.")
-        }
-        return self._control(np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1), zeros)[1]
-
-    def _neutral_modulation(self, code: np.ndarray) -> np.ndarray:
-        group = np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1)
-        return self._control(group, self._initial_state(code))[0].copy()
+    def _neutral_modulation(self, code: np.ndarray) -> Buffer:
+        """[1, 1, 6, D] of a neutral face that code [1, E] stands for, on the device."""
+        self._controller.begin(code)
+        self._controller.advance()
+        control = self._controller.bind(1, [])
+        control.load(np.repeat(code[:, None], FRAMES_PER_LATENT, axis=1))
+        control.compute()
+        return control.targets[0]

@@ -65,16 +65,19 @@ def implementation(name: str = "auto") -> str:
 
     Raises:
         ValueError: not a name of `implementations()`.
+        UserError: the variable names none.
     """
-    source = "implementation"
-    if name == "auto":
-        name, source = os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT
-    if name == "auto":
-        return implementations()[-1]
-    if name not in implementations():
-        reason = f"; the extension is not installed ({_missing})" if _missing else ""
-        raise ValueError(f"{source}: expected one of auto, {', '.join(implementations())}, got {name!r}{reason}")
-    return name
+    names, reason = implementations(), f"the C++ extension is not installed ({_missing})" if _missing else ""
+    if name != "auto":
+        if name not in names:
+            raise ValueError(f"implementation: expected one of auto, {', '.join(names)}, got {name!r}{reason and '; ' + reason}")
+        return name
+    named = os.environ.get(ENVIRONMENT, "auto")
+    if named not in ("auto", *names):
+        raise UserError(
+            ENVIRONMENT, expected=f"auto or {', '.join(names)}", found=named, action=reason or "choose one of these"
+        )
+    return names[-1] if named == "auto" else named
 
 
 def describe_implementation() -> str:
@@ -120,10 +123,7 @@ def choose_embedding(
         return None, f"the extension computes on the host, the engine on {engine.device}"
     if kind == "auto" and engine.name == "torch":
         return None, "the engine torch, which others are measured against, runs its own modules"
-    if (named := os.environ.get(ENVIRONMENT, "auto")) not in ("auto", *implementations()):
-        action = f"the C++ extension is not installed ({_missing})" if _missing else "choose one of these"
-        raise UserError(ENVIRONMENT, expected=f"auto or {', '.join(implementations())}", found=named, action=action)
-    if kind == "auto" and implementation() == "numpy":
+    if implementation() == "numpy" and kind == "auto":
         return None, describe_implementation()
     fused = FusedEmbedding(
         arrays[EMBED_WEIGHT], arrays[EMBED_BIAS],

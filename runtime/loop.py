@@ -25,10 +25,14 @@ COMMITS = ("clean", "last-step")
 class ChunkConditions:
     """What a chunk is generated from, per condition set of the guidance; F slots.
 
+    What the host knows of it is on the device already; `compute` makes tokens and modulation of that.
+
     Attributes:
         first_frame: index of the first latent frame, 0-based, the reference not counted; None for the reference.
         tokens: per set [1, F, T, D] from `condition_embed`.
         modulation: per set [1, F, 6, D] from `expression_controller`.
+        compute: calls of the engine that fill them, the same object for all chunks of a kind, which may be recorded with the
+            steps; None where they are filled. It must not keep the denoiser alive.
         again: what computes them anew, where that is not hoisted out of the loop; run before every pass.
         given: clean latents [1, C, F, h, w] that are known and only committed.
     """
@@ -36,8 +40,28 @@ class ChunkConditions:
     first_frame: int | None
     tokens: list[Buffer]
     modulation: list[Buffer]
+    compute: Call | None = None
     again: tuple[Callable[[], None], ...] = ()
     given: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Clean latents where the engine has them, behind the first slots of memory [1, C, F, h, w].
+
+    They are overwritten by the next chunk of this size.
+    """
+
+    memory: Mirrored
+    first: int = 0
+
+    @property
+    def num_frames(self) -> int:
+        return self.memory.array.shape[2] - self.first
+
+    def fetch(self) -> np.ndarray:
+        """[1, C, N, h, w] on the host, as soon as they are computed."""
+        return self.memory.fetch()[:, :, self.first :]
 
 
 @dataclass(frozen=True)
@@ -68,8 +92,9 @@ class _Slots:
         conditions = [tensor for tensor in spec.inputs if tensor.name.split(".")[0] in own]
         self.conditions = [allocate(engine, conditions, sizes) for _ in range(denoiser.guidance.num_sets)]
         # The clip's slot 0 holds no noise; x keeps it zero, and `frames` is a view of the others.
+        self.x.array[...] = 0
         self.first = first = denoiser.rules.lead if denoiser.mode == "clip" else 0
-        self.frames = self.x.array[:, :, first:]
+        self.frames, self.latents = self.x.array[:, :, first:], Latents(self.x, first)
         schedule = denoiser.schedule
 
         def like_x() -> Buffer:
@@ -97,7 +122,7 @@ class _Slots:
         engine, runner = denoiser.engine, denoiser.time_embed
         inputs, outputs = (allocate(engine, side, {"F": num_slots}) for side in (runner.spec.inputs, runner.spec.outputs))
         timesteps = Mirrored(engine, inputs["timesteps"])
-        timesteps.array[:, first:] = timestep
+        timesteps.array[:, :first], timesteps.array[:, first:] = 0, timestep
         timesteps.send()
         return runner.bind(inputs, outputs), outputs
 
@@ -181,8 +206,8 @@ class Denoiser:
         slots.x.send()
         self._commit(slots, None, self._place(slots, ChunkConditions(None, tokens, modulation)))
 
-    def generate(self, chunk: ChunkConditions) -> np.ndarray:
-        """Clean latents [1, C, N, h, w] of the chunk's frames; the array is reused by the next chunk of this size."""
+    def generate(self, chunk: ChunkConditions) -> Latents:
+        """Clean latents of the chunk's frames. On a device this returns before they are computed."""
         _, num_slots, *_ = chunk.tokens[0].shape
         slots = self._slots_of(num_slots)
         if self._reference is not None:
@@ -194,14 +219,15 @@ class Denoiser:
         if chunk.given is not None:
             slots.frames[...] = chunk.given
             slots.x.send()
+            self._compute(chunk)
             self._commit(slots, chunk.first_frame, used)
-            return slots.frames
+            return slots.latents
         self._draw(slots, chunk.first_frame)
         if self.engine.whole_chunks and not chunk.again and "time" in self._hoist:
             with self.timings("steps"):
                 self._whole_chunk(slots, chunk, used)
-                slots.x.fetch()
-            return slots.frames
+            return slots.latents
+        self._compute(chunk)
         for step in range(self.schedule.num_steps):
             with self.timings("step", step):
                 if self._evaluated[step]:
@@ -211,8 +237,12 @@ class Denoiser:
             with self.timings("commit"):
                 self._repeat(slots, chunk, self.schedule.num_steps)
                 self._commit(slots, chunk.first_frame, used)
-        slots.x.fetch()
-        return slots.frames
+        return slots.latents
+
+    def _compute(self, chunk: ChunkConditions) -> None:
+        if chunk.compute is not None:
+            with self.timings("conditions"):
+                chunk.compute()
 
     def _draw(self, slots: _Slots, first_frame: int) -> None:
         """The noise that the chunk starts from, and what its steps add, to the device."""
@@ -222,20 +252,22 @@ class Denoiser:
             target.send()
 
     def _whole_chunk(self, slots: _Slots, chunk: ChunkConditions, used: int) -> None:
-        """Every step and the commit as one call, recorded where the device has graphs.
+        """Conditions, every step and the commit as one call, recorded where the device has graphs.
 
-        Positions, places in the ring and conditions lie in memory; what is left to tell chunks apart is the key.
+        Positions, places in the ring and what conditions are made of lie in memory; what is left to tell chunks apart is the key.
         """
         first_frame, num_slots = chunk.first_frame, len(slots.positions.array)
-        key = used, self.cache.moves(first_frame, num_slots)
+        key = chunk.compute, used, self.cache.moves(first_frame, num_slots)
         if key not in slots.chunks:
             # The denoiser keeps the call, so the call must not keep the denoiser: a cycle would hold the device's memory.
-            denoiser = weakref.proxy(self)
-            slots.chunks[key] = self.engine.capture(lambda: denoiser._run_chunk(num_slots, used, first_frame))
+            denoiser, compute = weakref.proxy(self), chunk.compute
+            slots.chunks[key] = self.engine.capture(lambda: denoiser._run_chunk(compute, num_slots, used, first_frame))
         slots.chunks[key]()
 
-    def _run_chunk(self, num_slots: int, used: int, first_frame: int) -> None:
+    def _run_chunk(self, compute: Call | None, num_slots: int, used: int, first_frame: int) -> None:
         slots = self._slots_of(num_slots)
+        if compute is not None:
+            compute()
         for step in range(self.schedule.num_steps):
             self._step(slots, step, used, first_frame)
         if self.mode == "stream" and self._clean_commit:

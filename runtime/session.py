@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from factorportrait.bundle import NEUTRAL_CODE, Bundle
-from factorportrait.engines.base import Engine, run_once
+from factorportrait.engines.base import Engine, Mirrored, run_once
 from factorportrait.engines.chain import ChainedEngine, stage_names
 from factorportrait.engines.choose import open_engine
 from factorportrait.errors import UserError
@@ -19,7 +19,7 @@ from factorportrait.runtime.cache import choose_cache
 from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
 from factorportrait.runtime.embedding import choose_embedding
 from factorportrait.runtime.looked_up import LookedUp
-from factorportrait.runtime.loop import COMMITS, HOISTS, Denoiser
+from factorportrait.runtime.loop import COMMITS, HOISTS, Denoiser, Latents
 from factorportrait.runtime.pipeline import Pipeline, choose_overlap
 from factorportrait.runtime.schedule import (
     NoiseSource,
@@ -272,9 +272,11 @@ class Session:
             evaluated=kept_steps(embedded_steps(engine, schedule), options.step_cache) if options.step_cache else None,
             rules=slot_rules(self.config), looked_up=self._looked_up.tensors,
         )  # fmt: skip
+        self.overlap, self.overlap_reason = choose_overlap(options.overlap, engine, options.mode)
+        kept_groups = self._kept_groups()
         if is_wan:
             self.embedding, self.embedding_reason = "graph", "the fused one is FactorPortrait's"
-            self._encoder = WanEncoder(self.config, engine, self.timings)
+            self._encoder = WanEncoder(self.config, engine, self.timings, kept_groups)
             self._builder = WanConditions(
                 self.config, engine, guidance, self._denoiser, self._encoder, self._looked_up, constants, self.timings,
                 options.chunk_frames,
@@ -282,7 +284,7 @@ class Session:
         else:
             self._encoder = GroupEncoder(
                 self.config, engine, self.timings, reuse="features" in hoist, neutral_code=constants[NEUTRAL_CODE],
-                gain=options.expression_gain,
+                gain=options.expression_gain, kept_groups=kept_groups,
             )  # fmt: skip
             fused, self.embedding_reason = choose_embedding(options.embedding, config=self.config, arrays=constants, engine=engine)
             self.embedding = "graph" if fused is None else "fused"
@@ -291,7 +293,7 @@ class Session:
                 fused=fused, hoist=hoist,
             )  # fmt: skip
         self._decoder = StreamingVAE(engine, "decode")
-        self.overlap, self.overlap_reason = choose_overlap(options.overlap, engine, options.mode)
+        self._engine = engine
         self._restart()
 
     @property
@@ -319,7 +321,7 @@ class Session:
         self._chunk_before: float | None = None
         self._busy_s = 0.0
         self._finished = False
-        self._kept: dict[tuple[int, ...], list[np.ndarray]] = {}
+        self._kept: dict[tuple[int, ...], list[Mirrored]] = {}
 
     def set_reference(self, portrait: np.ndarray) -> None:
         """Begin a clip of this person; what was generated before is forgotten.
@@ -413,17 +415,19 @@ class Session:
         if (work := self._complete()) is not None:
             yield work
 
-    def _latents(self, works: Iterator[_Work]) -> Iterator[tuple[np.ndarray, int]]:
+    def _latents(self, works: Iterator[_Work]) -> Iterator[tuple[Latents, int]]:
         for index, work in enumerate(works):
             latents = self._generate(work)
             # The next chunk overwrites them while the decoder reads: one copy is at the decoder's, one waits, one is written.
-            if latents.shape not in self._kept:
-                self._kept[latents.shape] = [np.empty_like(latents) for _ in range(3)]
-            kept = self._kept[latents.shape][index % 3]
-            np.copyto(kept, latents)
-            yield kept, work.num_frames
+            memory = latents.memory.buffer
+            if memory.shape not in self._kept:
+                copies = (Mirrored(self._engine, self._engine.zeros(memory.shape, "float32")) for _ in range(3))
+                self._kept[memory.shape] = list(copies)
+            kept = self._kept[memory.shape][index % 3]
+            self._engine.copy(memory, kept.buffer)
+            yield Latents(kept, latents.first), work.num_frames
 
-    def _decoded(self, latents: Iterator[tuple[np.ndarray, int]]) -> Iterator[list[np.ndarray]]:
+    def _decoded(self, latents: Iterator[tuple[Latents, int]]) -> Iterator[list[np.ndarray]]:
         for latent_frames, num_frames in latents:
             yield self._decode(latent_frames, num_frames)
 
@@ -475,6 +479,12 @@ class Session:
         """Latent frames of a first chunk that is shorter than the others; 0 where it is not."""
         return int(self.options.quick_start and self.options.chunk_frames > 1)
 
+    def _kept_groups(self) -> int:
+        """Latent frames whose conditions are used at the same time."""
+        of_chunk = self.config.generation.max_clip_frames if self.options.mode == "clip" else self.options.chunk_frames
+        # Where stages overlap a chunk is denoised, one waits, one is encoded; and the encoder may be one picture further.
+        return 4 * of_chunk if self.overlap == "stages" else of_chunk
+
     def _cut(self) -> _Work:
         groups, self._groups = self._groups, []
         work = _Work(groups, self._num_encoded, self._num_pushed - self._num_taken)
@@ -482,17 +492,16 @@ class Session:
         self._num_taken = self._num_pushed
         return work
 
-    def _generate(self, work: _Work) -> np.ndarray:
+    def _generate(self, work: _Work) -> Latents:
         latents = self._denoiser.generate(self._builder.chunk(work.groups, work.first_frame))
         return self._builder.frames_of(latents) if isinstance(self._builder, WanConditions) else latents
 
-    def _decode(self, latents: np.ndarray, num_frames: int) -> list[np.ndarray]:
-        """Clean latents [1,C,N,h,w] -> their first `num_frames` pictures."""
+    def _decode(self, latents: Latents, num_frames: int) -> list[np.ndarray]:
+        """Clean latents -> their first `num_frames` pictures."""
         pictures: list[np.ndarray] = []
-        for i in range(latents.shape[2]):
+        for slot in range(latents.first, latents.first + latents.num_frames):
             with self.timings("decode"):
-                self._decoder.input[...] = latents[:, :, i : i + 1]
-                pictures += to_pictures(self._decoder())
+                pictures += to_pictures(self._decoder.run_slot(latents.memory.buffer, slot).fetch())
         return pictures[:num_frames]
 
     def _account(self, busy_s: float | None, pictures: list[np.ndarray]) -> None:

@@ -87,7 +87,10 @@ class Timings:
         return float(np.percentile(np.repeat(per_frame, frames), percentile))
 
     def summary(self) -> dict[str, object]:
-        """Numbers for a report: milliseconds by stage, per-frame percentiles, time to first frame."""
+        """Numbers for a report: milliseconds by stage, per-frame percentiles, time to first frame.
+
+        On a device without `wait` a stage's time is the host's: whoever asks for pictures ("decode") waits for all before it.
+        """
         percentiles = {
             f"{name}_p{percentile}": self.frame_ms(percentile, kind)
             for name, kind in (("frame_ms", "wall"), ("generate_ms", "busy"))

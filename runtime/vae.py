@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from factorportrait.engines.base import Buffers, Call, Engine, Mirrored, Runner, allocate
+from factorportrait.engines.base import Buffer, Buffers, Call, Engine, Mirrored, Runner, allocate
 from factorportrait.errors import UserError
 
 # Data input and output of a direction.
@@ -21,6 +21,7 @@ class StreamingVAE:
 
     def __init__(self, engine: Engine, direction: str):
         first, steady = (engine.load(f"vae_{direction}_{kind}") for kind in ("first", "steady"))
+        self._engine = engine
         self._source, self._target = _DATA[direction]
         caches = [tensor for tensor in steady.spec.inputs if tensor.name.startswith("cache_in.")]
         names = [tensor.name.partition(".")[2] for tensor in caches]
@@ -44,15 +45,27 @@ class StreamingVAE:
 
     def __call__(self) -> np.ndarray:
         """Run on `input` -> the stage's output; the array is overwritten by the next call of its kind."""
+        return self.run().fetch()
+
+    def run(self) -> Mirrored:
+        """The same without waiting: the output where the engine has it."""
+        self._next().source.send()
+        return self._run()
+
+    def run_slot(self, memory: Buffer, slot: int) -> Mirrored:
+        """Run on a slot of memory [1, C, F, h, w] of the engine, for stages whose data is one slot; nothing passes the host."""
+        self._engine.copy_slot(memory, slot, self._next().source.buffer, 0)
+        return self._run()
+
+    def _run(self) -> Mirrored:
         piece = self._next()
         if self._num_calls == 0:
             for cache in self._zeroed:
                 cache.array[...] = 0
                 cache.send()
-        piece.source.send()
         piece.call()
         self._num_calls += 1
-        return piece.target.fetch()
+        return piece.target
 
     def _next(self) -> _Piece:
         return self._steady[(self._num_calls - 1) % 2] if self._num_calls else self._first

@@ -15,9 +15,9 @@ from factorportrait.engines.base import Engine, HostStage, Mirrored, allocate
 from factorportrait.engines.base import slots as _slots_of
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
-from factorportrait.runtime.conditions import DrivingFrame, Group
+from factorportrait.runtime.conditions import DrivingFrame, Group, LatentRing
 from factorportrait.runtime.looked_up import LookedUp
-from factorportrait.runtime.loop import ChunkConditions, Denoiser, SlotRules
+from factorportrait.runtime.loop import ChunkConditions, Denoiser, Latents, SlotRules
 from factorportrait.runtime.media.camera import ray_maps
 from factorportrait.runtime.media.fit import resize
 from factorportrait.runtime.schedule import FACTORS, Guidance
@@ -54,11 +54,11 @@ def wan_guidance(guidance: Guidance, config: ModelConfig) -> Guidance:
 
 
 class WanEncoder:
-    """Encodes driving frames one by one and gives a `Group` whenever a latent frame has all of its frames."""
+    """Encodes driving frames one by one and gives a `Group` whenever a latent frame has all of its frames; see `GroupEncoder`."""
 
-    def __init__(self, config: ModelConfig, engine: Engine, timings: Timings):
+    def __init__(self, config: ModelConfig, engine: Engine, timings: Timings, kept_groups: int | None = None):
         self.config, self.timings, self._follows = config, timings, config.conditioning.follows
-        self._vae = StreamingVAE(engine, "encode")
+        self._vae, self._ring = StreamingVAE(engine, "encode"), LatentRing(engine, kept_groups)
         self._motion = HostStage(engine, "motion_encoder", B=1) if "face" in self._follows else None
         self._codes: list[np.ndarray] = []
         self._cameras: list[tuple[np.ndarray, np.ndarray]] = []
@@ -123,9 +123,9 @@ class WanEncoder:
     def _complete(self) -> Group:
         if "pose" in self._follows:
             with self.timings("pose"):
-                latents = self._vae()[0, :, 0].copy()
+                latents = self._ring.keep(self._vae.run())
         else:
-            latents = np.zeros((0,), np.float32)
+            latents = None
         repeat = FRAMES_PER_LATENT if self._first else 1
         K, c2w = (np.stack([camera[i] for camera in self._cameras] * repeat) for i in range(2))
         group = Group(np.stack(self._codes * repeat, axis=1), K, c2w, latents)
@@ -181,9 +181,9 @@ class WanConditions:
             given = self._portrait[:, :, first_frame : first_frame + len(groups)]
         return ChunkConditions(first_frame, tokens, modulation, given=given)
 
-    def frames_of(self, latents: np.ndarray) -> np.ndarray:
-        """Latents [1,C,F,h,w] of the loop without a lead that was denoised with them."""
-        return latents[:, :, 1:] if self._system.reference == "noised" else latents
+    def frames_of(self, latents: Latents) -> Latents:
+        """What the loop generated without a lead that was denoised with it."""
+        return Latents(latents.memory, latents.first + 1) if self._system.reference == "noised" else latents
 
     def _embed_tokens(self, target: dict, groups: list[Group], lead: int, dropped: frozenset[str]) -> None:
         tokens = target["condition_tokens"]
@@ -202,7 +202,7 @@ class WanConditions:
         """Inputs of `condition_embed` by name; what is not named is zero."""
         system, inputs = self._system, {}
         if "pose" in system.follows and "pose" not in dropped:
-            poses = np.stack([group.pose_latents for group in groups], axis=1)[None]
+            poses = np.concatenate([group.pose_latents.fetch() for group in groups], axis=2)
             inputs["control_latents" if "control" in system.streams else "pose_latents"] = poses
         if system.reference == "start" and "reference" not in dropped:
             inputs["image_latents"] = np.zeros((*self._portrait.shape[:2], len(groups), *self._portrait.shape[3:]), np.float32)

@@ -31,7 +31,13 @@ def latents_and_pictures(opened, count: int, *, session=None, portrait_seed: int
     session = session or opened.session(**options)
     config, kept = opened.config, []
     generate = session._denoiser.generate
-    session._denoiser.generate = lambda chunk: kept.append(generate(chunk).copy()) or kept[-1]
+
+    def kept_too(chunk):
+        latents = generate(chunk)
+        kept.append(latents.fetch().copy())
+        return latents
+
+    session._denoiser.generate = kept_too
     try:
         session.set_reference(drifting_pictures(1, config.height, config.width, portrait_seed)[0])
         pictures = np.stack(list(session.frames(driving(config, count))))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from factorportrait.engines.base import DeviceArray
+from factorportrait.engines.base import DeviceArray, itemsize
 from factorportrait.engines.tensorrt.machine import INSTALL_HINT
 from factorportrait.errors import UserError
 
@@ -90,6 +90,18 @@ class Device:
             self._call(self.runtime.cudaMemcpyAsync, *addresses, source.nbytes, kind, self.stream)
         if isinstance(source, np.ndarray) or isinstance(target, np.ndarray):
             self.synchronize()
+
+    def copy_slot(self, source: DeviceArray, source_slot: int, target: DeviceArray, target_slot: int) -> None:
+        """See `factorportrait.engines.base.Engine.copy_slot`: rows of a slot's bytes, as far apart as all slots are long."""
+        batch, channels, num_source, height, width = source.shape
+        num_target, slot_bytes = target.shape[2], height * width * itemsize(source.dtype)
+        with self.lock:
+            self._call(
+                self.runtime.cudaMemcpy2DAsync,
+                target.address + target_slot * slot_bytes, num_target * slot_bytes,
+                source.address + source_slot * slot_bytes, num_source * slot_bytes,
+                slot_bytes, batch * channels, self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice, self.stream,
+            )  # fmt: skip
 
     def synchronize(self) -> None:
         """Wait for all work so far."""

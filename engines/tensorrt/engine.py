@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from factorportrait.bundle import Bundle, StageSpec
-from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, mirrored_sum
+from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, check_slots, mirrored_sum
 from factorportrait.engines.tensorrt.build import TARGET, OnProgress, get_plan
 from factorportrait.engines.tensorrt.builder import open_log
 from factorportrait.engines.tensorrt.cuda import CudaError, Device
@@ -62,6 +62,7 @@ class TensorRTEngine:
         self.trt = import_tensorrt("--engine tensorrt")
         self.log = open_log(self.trt, _log.info)
         self.cuda = Device()
+        self.lock = self.cuda.lock
         self._sums = SumKernel(self.cuda)
         self.whole_chunks = not eager and not self._sums.reason
         self.in_chunk = False  # calls are part of a chunk's graph and have none of their own
@@ -118,6 +119,11 @@ class TensorRTEngine:
         """See `factorportrait.engines.base.Engine`."""
         if source is not target:
             self.cuda.copy(source, target)
+
+    def copy_slot(self, source: DeviceArray, source_slot: int, target: DeviceArray, target_slot: int) -> None:
+        """See `factorportrait.engines.base.Engine`."""
+        check_slots(source, source_slot, target, target_slot)
+        self.cuda.copy_slot(source, source_slot, target, target_slot)
 
     def weighted_sum(
         self, target: DeviceArray, terms: Sequence[tuple[DeviceArray, float]], spare: DeviceArray, first: int = 0

@@ -12,6 +12,7 @@ from embedding_oracle import oracle_rays, oracle_tokens, pack_rays, portrait_cam
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from factorportrait.errors import UserError
 from factorportrait.runtime import embedding
 from factorportrait.runtime.embedding import FusedEmbedding, implementations
 
@@ -359,8 +360,10 @@ def test_environment_chooses_the_implementation(monkeypatch):
         or "not installed" in embedding.describe_implementation()
     )
     monkeypatch.setenv(embedding.ENVIRONMENT, "abacus")
-    with pytest.raises(ValueError, match=f"^{embedding.ENVIRONMENT}: expected one of auto, numpy"):
+    with pytest.raises(UserError, match=f"^{embedding.ENVIRONMENT}; expected auto or numpy"):
         embedding.implementation()
+    with pytest.raises(ValueError, match="^implementation: expected one of auto, numpy"):
+        embedding.implementation("abacus")
 
 
 def test_works_without_the_extension():

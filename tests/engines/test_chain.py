@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +44,7 @@ def test_two_threads_do_not_meet_between_the_ranges(with_device):
     """The second thread is let go when the first is between its ranges, where both have one buffer."""
     engine, entered, second = Engine(), threading.Event(), None
     if with_device:
-        engine.cuda = SimpleNamespace(lock=threading.RLock())
+        engine.lock = threading.RLock()
 
     def let_the_second_go():
         second.start()
@@ -66,5 +65,5 @@ def test_two_threads_do_not_meet_between_the_ranges(with_device):
 def test_a_device_has_one_lock():
     """Who records a chunk holds the stream's lock and asks for the chain's: a lock of its own would be taken both ways round."""
     engine = Engine()
-    engine.cuda = SimpleNamespace(lock=threading.RLock())
-    assert ChainRunner(engine, "dit", [Part("x", HIDDEN), Part(HIDDEN, "y")])._lock is engine.cuda.lock
+    engine.lock = threading.RLock()
+    assert ChainRunner(engine, "dit", [Part("x", HIDDEN), Part(HIDDEN, "y")])._lock is engine.lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 import time
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from factorportrait.engines.base import DeviceArray
 from factorportrait.engines.tensorrt import cuda
 from factorportrait.engines.tensorrt.engine import TensorRTEngine, _Call
 
@@ -33,7 +35,7 @@ def device(calls, monkeypatch):
 
     class Runtime:
         cudaStreamNonBlocking = 1
-        cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
+        cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4, cudaMemcpyDeviceToDevice=3)
         cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
         def __getattr__(self, name):
@@ -48,6 +50,27 @@ def device(calls, monkeypatch):
 
     monkeypatch.setattr(bindings, "runtime", Runtime(), raising=False)
     return cuda.Device()
+
+
+def copied_rows(target, target_pitch, source, source_pitch, width, height, kind, stream):
+    """cudaMemcpy2DAsync on the host, by its documentation."""
+    assert width <= min(target_pitch, source_pitch) and kind == 3 and stream == 7
+    for row in range(height):
+        ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+    return (0,)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("slots", "places"), [((3, 1), (2, 0)), ((1, 4), (0, 3)), ((2, 2), (1, 0))])
+def test_a_slot_is_copied(device, monkeypatch, dtype, slots, places):
+    monkeypatch.setattr(device.runtime, "cudaMemcpy2DAsync", copied_rows, raising=False)
+    rng = np.random.default_rng(0)
+    source, target = (rng.standard_normal((2, 5, count, 3, 4)).astype(dtype) for count in slots)
+    expected = target.copy()
+    expected[:, :, places[1]] = source[:, :, places[0]]
+    arrays = [DeviceArray(each.ctypes.data, each.shape, dtype, None) for each in (source, target)]
+    device.copy_slot(arrays[0], places[0], arrays[1], places[1])
+    assert np.array_equal(target, expected)
 
 
 def test_nothing_of_another_thread_is_recorded(device, calls):

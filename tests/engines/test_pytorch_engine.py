@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from engine_sessions import latents_and_pictures
 
 from factorportrait.bundle import Bundle
 from factorportrait.engines import pytorch
+from factorportrait.engines.base import allocate
 from factorportrait.engines.ort import OrtEngine
 from factorportrait.engines.pytorch import TorchEngine, find_checkpoint
 from factorportrait.errors import UserError
@@ -64,6 +67,39 @@ def test_the_cache_is_updated_in_place(by_torch, monkeypatch):
     assert session.cache == "inplace" and copied and not set(copied) & set(addresses.values())
     assert {name: buffer.data_ptr() for name, buffer in memory.items()} == addresses
     assert all(buffer.any() for buffer in memory.values())
+
+
+def test_nobody_asks_the_device_while_a_graph_is_recorded(bundle, tiny_checkpoint, monkeypatch):
+    """Memory, copies, sums and calls wait for the engine's lock; as on a GPU, but for the graphs themselves."""
+    monkeypatch.setattr(pytorch, "_captured", lambda run, torch, pool: run)
+    engine = TorchEngine(bundle, tiny_checkpoint, device="cpu", threads=1)
+    engine.graphs, engine._pool, engine.lock = True, None, threading.RLock()
+    first, second = (engine.zeros((1, 2, 3, 4, 4), "float32") for _ in range(2))
+    add = engine.weighted_sum(first, [(second, 1.0)], second)
+    runner = engine.load("arkit_encoder")
+    stage = runner.bind(*(allocate(engine, side, {"B": 1}) for side in (runner.spec.inputs, runner.spec.outputs)))
+    actions = {
+        "zeros": lambda: engine.zeros((1,), "float32"), "copy": lambda: engine.copy(first, second), "sum": add, "stage": stage,
+        "slot": lambda: engine.copy_slot(first, 0, second, 1), "chunk": engine.capture(lambda: None),
+        "mirror": lambda: engine.mirror(engine.zeros((2,), "bfloat16")),
+    }  # fmt: skip
+    waiting, done = [threading.Event() for _ in actions], []
+
+    def act(name, begun):
+        begun.set()
+        actions[name]()
+        done.append(name)
+
+    threads = [threading.Thread(target=act, args=each) for each in zip(actions, waiting, strict=True)]
+    with engine.lock:
+        for thread, begun in zip(threads, waiting, strict=True):
+            thread.start()
+            assert begun.wait(10)
+        time.sleep(0.2)  # long enough for who does not wait
+        assert not done
+    for thread in threads:
+        thread.join(10)
+    assert sorted(done) == sorted(actions)
 
 
 def test_threads_are_those_that_the_process_may_use(bundle, tiny_checkpoint, monkeypatch):

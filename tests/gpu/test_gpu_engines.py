@@ -76,7 +76,7 @@ def test_a_new_portrait_after_the_capture(open_on, engine, precision):
     assert error(first, second) > 1e-2
 
 
-@pytest.mark.parametrize(("engine", "precision"), [pair for pair in ENGINES if pair[0] != "torch"])
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
 def test_two_sessions_in_two_threads(open_on, engine, precision):
     """They share an engine, its stream and its scratch memory, and capture while the other one computes."""
     opened, found = open_on(engine, precision, False), {}
@@ -112,6 +112,21 @@ def test_sums_on_the_device_equal_numpy(open_on, engine, precision):
         add()
         device.copy(buffers[0], found)
         assert np.array_equal(found, arrays[0])
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+def test_a_slot_is_copied_on_the_device(open_on, engine, precision):
+    device = open_on(engine, precision).engine
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((1, 16, slots, 7, 9)).astype(np.float32) for slots in (3, 4)]
+    buffers = [device.zeros(array.shape, "float32") for array in arrays]
+    for array, buffer in zip(arrays, buffers, strict=True):
+        device.copy(array, buffer)
+    device.copy_slot(buffers[0], 2, buffers[1], 1)
+    found = device.mirror(buffers[1])
+    device.copy(buffers[1], found)
+    arrays[1][:, :, 1] = arrays[0][:, :, 2]
+    assert np.array_equal(found, arrays[1])
 
 
 @pytest.mark.parametrize(("engine", "precision"), ENGINES)

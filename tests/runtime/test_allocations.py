@@ -75,6 +75,7 @@ def test_no_large_array_per_chunk(large, in_place, solver):
             peaks.append(tracemalloc.get_traced_memory()[1] - before)
     finally:
         tracemalloc.stop()
+    latents = latents.fetch()
     assert latents.nbytes > LARGE_BYTES and np.isfinite(latents).all()
     assert max(peaks[3:]) < LARGE_BYTES, peaks
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from runtime_oracle import relative_error
 
+from factorportrait.engines.base import Mirrored
 from factorportrait.export.checkpoint import load_checkpoint
 from factorportrait.export.models.expression import ExpressionController
 from factorportrait.export.models.factorportrait import ClipConditions, FactorPortrait, stream_mask
@@ -51,8 +52,8 @@ def make_builder(opened, embedding="graph", guidance="1", mode="stream"):
     )  # fmt: skip
 
 
-def random_groups(config, count, seed=0):
-    rng = np.random.default_rng(seed)
+def random_groups(opened, count, seed=0):
+    config, rng = opened.config, np.random.default_rng(seed)
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
@@ -63,14 +64,15 @@ def random_groups(config, count, seed=0):
     for _ in range(count):
         cameras = np.repeat(c2w[None], 4, axis=0)
         cameras[:, :3, 3] += 0.1 * normal(4, 3)
-        groups.append(Group(normal(1, 4, config.expression.code_dim), np.repeat(K[None], 4, axis=0), cameras, normal(16, h, w)))
+        pose = Mirrored(opened.engine, normal(1, 16, 1, h, w))
+        groups.append(Group(normal(1, 4, config.expression.code_dim), np.repeat(K[None], 4, axis=0), cameras, pose))
     return groups
 
 
 @pytest.mark.parametrize("sizes", [[1] * 7, [2, 2, 3], [3, 3, 1], [1, 5, 1]])
 def test_chunked_conditions_equal_the_whole_clip(opened, model, sizes):
     """The runtime carries the aggregator's state from chunk to chunk; torch sees all codes at once."""
-    groups = random_groups(opened.config, sum(sizes))
+    groups = random_groups(opened, sum(sizes))
     builder, chunks, first = make_builder(opened), [], 0
     for size in sizes:
         chunk = builder.chunk(groups[first : first + size], first)
@@ -80,7 +82,7 @@ def test_chunked_conditions_equal_the_whole_clip(opened, model, sizes):
     with torch.no_grad():
         codes = torch.from_numpy(np.concatenate([group.codes for group in groups], axis=1))
         expected = model.clip_modulation(codes)[:, 1:]
-        pose = torch.from_numpy(np.stack([group.pose_latents for group in groups], axis=1)[None])
+        pose = torch.from_numpy(np.concatenate([group.pose_latents.fetch() for group in groups], axis=2))
         rays = torch.from_numpy(group_rays(opened.config, groups).copy()[None])
         expected_tokens = model.dit.embed_conditions(torch.zeros_like(pose), rays, pose)
     assert relative_error(modulation, expected) <= 1e-4
@@ -99,7 +101,7 @@ def with_reference_slots(opened, slots):
 def test_fused_embedding_equals_the_graph(opened, slots, mode, guidance, monkeypatch):
     """Reference and chunks, every factor dropped in turn; on every instruction set of this machine and on NumPy."""
     opened = with_reference_slots(opened, slots)
-    guidance, groups = guidance.removeprefix("all="), random_groups(opened.config, 5)
+    guidance, groups = guidance.removeprefix("all="), random_groups(opened, 5)
     latents = np.random.default_rng(1).standard_normal((1, 16, 1, 4, 4)).astype(np.float32)
     tokens = {}
     for name in ("graph", *implementations()):
@@ -123,7 +125,7 @@ def test_tokens_equal_those_of_training(opened, model, slots, embedding):
     """Slots of two portraits one after the other, as `clip_condition_tokens` lays them out."""
     opened = with_reference_slots(opened, slots)
     builder = make_builder(opened, embedding)
-    rng, groups = np.random.default_rng(2), random_groups(opened.config, 3)
+    rng, groups = np.random.default_rng(2), random_groups(opened, 3)
     found, expected = [], []
     for _ in range(2):
         latents = rng.standard_normal((1, 16, 1, 4, 4)).astype(np.float32)
@@ -137,7 +139,7 @@ def test_tokens_equal_those_of_training(opened, model, slots, embedding):
         found.append(np.concatenate(tokens, axis=1))
         conditions = ClipConditions(
             torch.from_numpy(latents),
-            torch.from_numpy(np.stack([group.pose_latents for group in groups], axis=1)[None]),
+            torch.from_numpy(np.concatenate([group.pose_latents.fetch() for group in groups], axis=2)),
             torch.from_numpy(group_rays(opened.config, groups).copy()[None]),
             torch.zeros(1, 4, 6, 64),
         )
@@ -152,7 +154,7 @@ def test_tokens_equal_those_of_training(opened, model, slots, embedding):
 
 def test_state_matters(opened):
     """A check of the check: without the state of the chunk before, the modulation is another one."""
-    groups = random_groups(opened.config, 4)
+    groups = random_groups(opened, 4)
     whole = make_builder(opened).chunk(groups, 0).modulation[0]
     alone = make_builder(opened).chunk(groups[2:], 2).modulation[0]
     assert relative_error(alone, whole[:, 2:]) > 1e-2
@@ -222,7 +224,7 @@ def test_training_mask_equals_the_deployed_cache(opened, model, sizes):
     for size in sizes:
         slots = slice(1 + first, 1 + first + size)
         chunk = ChunkConditions(first, [tokens[:, slots].copy()], [modulation[:, slots].copy()])
-        clean.append(denoiser.generate(chunk).copy())
+        clean.append(denoiser.generate(chunk).fetch().copy())
         first += size
     last = sizes[-1]
     start = denoiser.noise.draw(frames - last, last, 0, np.zeros((1, 16, last, h, w), np.float32))

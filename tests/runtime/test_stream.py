@@ -55,7 +55,7 @@ def run_stream(opened, schedule, sizes, window, chunk, rng_seed=0, guidance=None
     for size in sizes:
         per_set = [random_conditions(rng, config, size) for _ in sets]
         chunk_conditions = ChunkConditions(first, [t for t, _ in per_set], [m for _, m in per_set])
-        latents.append(denoiser.generate(chunk_conditions)[0].copy())
+        latents.append(denoiser.generate(chunk_conditions).fetch()[0].copy())
         conditions.append(per_set)
         first += size
     return np.concatenate(latents, axis=1), reference, conditions
@@ -135,7 +135,7 @@ def test_two_streams_in_place_do_not_disturb_each_other(opened):
         denoiser.set_reference([tokens], [modulation])
     latents = []
     for i, ((tokens, modulation),) in enumerate(conditions):
-        latents.append(denoisers[0].generate(ChunkConditions(2 * i, [tokens], [modulation]))[0].copy())
+        latents.append(denoisers[0].generate(ChunkConditions(2 * i, [tokens], [modulation])).fetch()[0].copy())
         denoisers[1].generate(ChunkConditions(2 * i, [-tokens], [modulation]))
     assert np.array_equal(np.concatenate(latents, axis=1), alone)
 
@@ -206,7 +206,7 @@ def test_a_set_of_weight_zero_changes_nothing(opened):
     latents = []
     for first in (0, 2):
         tokens, modulation = random_conditions(rng, config, 2)
-        latents.append(denoiser.generate(ChunkConditions(first, [tokens] * 2, [modulation] * 2))[0].copy())
+        latents.append(denoiser.generate(ChunkConditions(first, [tokens] * 2, [modulation] * 2)).fetch()[0].copy())
     assert np.array_equal(np.concatenate(latents, axis=1), plain)
 
 
@@ -221,5 +221,5 @@ def test_guidance_of_equal_sets_cancels(opened):
         denoiser.set_reference([reference[0]] * guidance.num_sets, [reference[1]] * guidance.num_sets)
         tokens, modulation = random_conditions(rng, opened.config, 2)
         chunk = ChunkConditions(0, [tokens] * guidance.num_sets, [modulation] * guidance.num_sets)
-        results.append(denoiser.generate(chunk).copy())
+        results.append(denoiser.generate(chunk).fetch().copy())
     assert relative_error(results[1], results[0]) <= 1e-4

@@ -2,12 +2,15 @@
 
 A graph replays launches with the addresses and numbers of its recording. So does this engine, on the CPU: after a chunk of a kind
 has been recorded, none of the loop's own code runs between its steps, and whatever still depended on it would come out wrong.
+Its host sees the device's memory only through copies, which are counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from engine_sessions import drifting_pictures, driving, latents_and_pictures
 from factorportrait.bundle import Bundle
 from factorportrait.engines.base import host_sum, mirrored_sum
 from factorportrait.engines.ort import OrtEngine
+from factorportrait.engines.pytorch import TorchEngine
 from factorportrait.runtime import session as runtime_session
 from factorportrait.runtime.schedule import flow_schedule
 from factorportrait.runtime.session import OpenBundle, open_bundle
@@ -28,6 +32,7 @@ class ReplayingEngine:
 
     def __init__(self, engine: OrtEngine):
         self._engine, self._tape, self.recorded, self.replays = engine, None, 0, 0
+        self.hosts, self.to_host, self.to_device, self.runs = {}, [], [], Counter()
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
@@ -39,9 +44,25 @@ class ReplayingEngine:
         """What goes to the device: it is run, or only written down."""
         call() if self._tape is None else self._tape.append(call)
 
+    def mirror(self, buffer):
+        host = np.full_like(buffer, 99)  # what is not fetched comes out wrong
+        self.hosts[id(host)] = host
+        return host
+
     def copy(self, source, target) -> None:
-        if source is not target:
+        if source is target:
+            return
+        hosts = [id(each) in self.hosts for each in (source, target)]
+        if any(hosts):
+            assert self._tape is None, "the host's memory in a graph"
+            (self.to_device if hosts[0] else self.to_host).append(source.shape)
+            self._engine.copy(source, target)
+        else:
             self.put(lambda: self._engine.copy(source, target))
+
+    def copy_slot(self, source, source_slot, target, target_slot) -> None:
+        assert not {id(source), id(target)} & self.hosts.keys()
+        self.put(lambda: self._engine.copy_slot(source, source_slot, target, target_slot))
 
     def weighted_sum(self, target, terms, spare, first=0):
         call = host_sum(target, terms, spare, first)
@@ -70,8 +91,13 @@ class ReplayingRunner:
         self.spec, self._engine, self._runner = runner.spec, engine, runner
 
     def bind(self, inputs, outputs):
-        call = self._runner.bind(inputs, outputs)
-        return lambda: self._engine.put(call)
+        call, engine, name = self._runner.bind(inputs, outputs), self._engine, self.spec.name
+
+        def run() -> None:
+            engine.runs[name, engine._tape is not None] += 1
+            engine.put(call)
+
+        return run
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +161,42 @@ def test_a_new_portrait_and_a_last_chunk_of_another_size(opened, replaying):
         assert np.array_equal(found, expected), portrait
 
 
+@pytest.mark.parametrize("options", [{"mode": "stream", "chunk_frames": 2, "window_frames": 4}, {"mode": "clip"}], ids=str)
+def test_conditions_are_a_part_of_it(replaying, options):
+    """What makes tokens and modulation is recorded with the steps, and runs outside of them only for the portrait."""
+    session, engine = replaying.session(steps=2, embedding="graph", guidance="1.5", **options), replaying.engine
+    for portrait in (1, 2):
+        latents_and_pictures(replaying, 29, session=session, portrait_seed=portrait)
+    stages = {name for name, recorded in engine.runs if recorded}
+    assert {"condition_embed", "expression_controller"} < stages and stages & {"dit", "dit_inplace"}
+    engine.runs.clear()
+    for portrait in (3, 4, 5):
+        latents_and_pictures(replaying, 29, session=session, portrait_seed=portrait)
+    assert not any(recorded for _, recorded in engine.runs)
+    # Of the portrait: its tokens with and without it. Of the clip's beginning: the state behind its first code.
+    assert engine.runs["condition_embed", False] == 3 * 2 and engine.runs["expression_controller", False] == 3
+
+
+def test_latents_stay_on_the_device(replaying):
+    """Between the driving's pictures and the frames nothing comes back to the host but the code of a picture."""
+    config = replaying.config
+    session = replaying.session(mode="stream", chunk_frames=2, window_frames=4, steps=2, embedding="graph")
+    session.set_reference(drifting_pictures(1, config.height, config.width, 9)[0])
+    frames = driving(config, 45)
+    for frame in frames[:29]:
+        session.push(frame)
+    engine = replaying.engine
+    engine.to_host.clear()
+    engine.to_device.clear()
+    pictures = sum((session.push(frame) for frame in frames[29:45]), [])
+    assert len(pictures) == 16
+    side, code = (1, 3, 4, config.height, config.width), (1, config.expression.code_dim)
+    assert Counter(engine.to_host) == {code: 16, side: 4}
+    noise = (1, config.vae.z_dim, 2, config.latent_height, config.latent_width)
+    assert engine.to_device.count(noise) == 2  # what the chunks begin with, not what they end with
+    assert sum(shape[1] == config.vae.z_dim for shape in engine.to_device if len(shape) == 5) == 2
+
+
 def test_its_time_is_one_stage(replaying):
     session = replaying.session(mode="stream", chunk_frames=2, window_frames=4, steps=2)
     latents_and_pictures(replaying, 21, session=session)
@@ -157,8 +219,6 @@ def test_sums(tiny_bundle, first, weights):
     """NumPy, by way of a host, and torch give the same to the bit, also where the target is the first term."""
     import torch
 
-    from factorportrait.engines.pytorch import TorchEngine
-
     rng, shape = np.random.default_rng(0), (1, 3, 4, 5, 6)
     target, *others = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
     expected = target.copy()
@@ -171,7 +231,7 @@ def test_sums(tiny_bundle, first, weights):
     spare, terms = np.empty_like(target), list(zip(arrays, weights, strict=True))
     by_torch = [torch.from_numpy(array.copy()) for array in (target, *others)]
     engine = TorchEngine.__new__(TorchEngine)
-    engine.torch = torch
+    engine.torch, engine.lock = torch, contextlib.nullcontext()
     engine.weighted_sum(
         by_torch[0], list(zip(by_torch, weights, strict=False)), torch.empty(shape), first
     )()  # fmt: skip
@@ -184,6 +244,25 @@ def test_sums(tiny_bundle, first, weights):
 
     host_sum(target, terms, spare, first)()
     assert np.array_equal(target, expected)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cpu", "torch"])
+def test_copying_a_slot(tiny_bundle, tiny_checkpoint, name):
+    bundle = Bundle(tiny_bundle)
+    engine = OrtEngine(bundle) if name != "torch" else TorchEngine(bundle, tiny_checkpoint, device="cpu")
+    source, target = engine.zeros((1, 2, 3, 4, 5), "float32"), engine.zeros((1, 2, 4, 4, 5), "float32")
+    host = engine.mirror(source)
+    host[...] = np.random.default_rng(0).standard_normal(host.shape)
+    engine.copy_slot(source, 2, target, 1)
+    found = engine.mirror(target)
+    assert np.array_equal(found[:, :, 1], host[:, :, 2]) and not found[:, :, [0, 2, 3]].any()
+    wrong = [
+        (source, 3, target, 0), (source, -1, target, 0), (source, 0, target, 4),
+        (source, 0, engine.zeros((1, 2, 4, 5, 4), "float32"), 0), (source, 0, engine.zeros((1, 2, 4, 4, 5), "float16"), 0),
+    ]  # fmt: skip
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="copy of slot"):
+            engine.copy_slot(*arguments)
 
 
 class HostApart:
