@@ -6,7 +6,7 @@ OUT ?= out
 BENCH ?= docs/bench
 # Of `make pareto`. Clips long enough for a full window.
 PARETO_PRECISIONS ?= fp32 int8
-PARETO_WAYS := steps window commit cache-0.7 cache-1 guidance guidance-steps
+PARETO_WAYS := steps solver window commit cache-0.7 cache-1 guidance guidance-steps
 PARETO_CLIPS ?= --identities 8 --frames 29
 PARETO_RUN ?=
 # Where torch comes from. Without an NVIDIA GPU: wheels without CUDA, gigabytes smaller; if that index cannot be reached, or
@@ -44,6 +44,7 @@ pareto: $(STAMP_DEV)
 		$(BIN)/fp-export --precision $$precision --output $$bundle; \
 		$(BIN)/fp-bench run $$bundle --cases pareto $(PARETO_RUN) --output $$report-latency; \
 		$(BIN)/fp-bench quality $$bundle --steps 1,2,4,8 $(PARETO_CLIPS) --self-only --output $$report-steps; \
+		$(BIN)/fp-bench quality $$bundle --steps 4 --solver unipc $(PARETO_CLIPS) --self-only --output $$report-solver; \
 		$(BIN)/fp-bench quality $$bundle --steps 2 --window 3 $(PARETO_CLIPS) --self-only --output $$report-window; \
 		$(BIN)/fp-bench quality $$bundle --steps 2 --commit last-step $(PARETO_CLIPS) --self-only --output $$report-commit; \
 		$(BIN)/fp-bench quality $$bundle --steps 4 --step-cache 0.7 $(PARETO_CLIPS) --self-only --output $$report-cache-0.7; \

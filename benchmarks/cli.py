@@ -13,6 +13,7 @@ from factorportrait.benchmarks.loop_commands import add_loop_commands
 from factorportrait.benchmarks.report_commands import add_report_commands
 from factorportrait.command import run_command
 from factorportrait.errors import UserError
+from factorportrait.model_config import SOLVERS
 
 EXIT_MISSED = 1
 QUICK_IDENTITIES, QUICK_FRAMES = 2, 13
@@ -85,10 +86,12 @@ def add_quality(commands) -> None:
         "--self-only", action="store_true",
         help="people driven by themselves alone, expression and pose not read: enough for fp-bench pareto",
     )  # fmt: skip
-    command.add_argument("--guidance", default="1", help="these four as for fp-run")
+    command.add_argument("--guidance", default="1", help="these six as for fp-run")
     command.add_argument("--guidance-steps", type=int, metavar="N")
     command.add_argument("--commit", default="clean", metavar="KIND")
     command.add_argument("--step-cache", type=float, default=0.0, metavar="X")
+    command.add_argument("--solver", choices=SOLVERS)
+    command.add_argument("--shift", type=float, metavar="X")
     command.add_argument("--stream", type=int, default=0, metavar="N", help="also one stream of N frames, for drift and seams")
     command.add_argument("--seed", type=int, default=0, help="of people, motions and noise")
     command.add_argument("--data", type=Path, help="shards of the test split, instead of rendering people now")
@@ -179,7 +182,7 @@ def settings_from(options: argparse.Namespace):
 
 def approximations(options: argparse.Namespace) -> dict[str, object]:
     """Those that were asked for."""
-    usual = {"guidance": "1", "commit": "clean", "step_cache": 0.0, "guidance_steps": None}
+    usual = {"guidance": "1", "commit": "clean", "step_cache": 0.0, "guidance_steps": None, "solver": None, "shift": None}
     return {name: getattr(options, name) for name, value in usual.items() if getattr(options, name) != value}
 
 

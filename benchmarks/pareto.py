@@ -8,7 +8,7 @@ of a case counts: its peers are other programs, whose pictures nobody judged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ LARGER_IS_BETTER = {
 }  # fmt: skip
 # Options that change both pictures and time, and what they are where nobody asked.
 USUAL = {"guidance": "1", "guidance_steps": None, "commit": "clean", "step_cache": 0.0}
+# The same, but the time stays what it is.
+USUAL_OF_PICTURES = {"solver": None, "shift": None}
 # Settings of a quality report that decide what was judged.
 CLIPS = ("identities", "frames", "modes", "seed", "clips", "expression", "expression_gain")
 
@@ -40,6 +42,12 @@ class Way:
     steps: int
     window: int
     approximations: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def timed(self) -> Way:
+        """The way whose time this one has."""
+        costly = tuple((name, value) for name, value in self.approximations if name not in USUAL_OF_PICTURES)
+        return replace(self, approximations=costly)
 
 
 @dataclass(frozen=True)
@@ -109,16 +117,16 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
     points, used = [], set()
     for report in reports:
         for result in leading(report.results):
-            way = way_of(result)
-            if way not in judged:
+            timed = way_of(result)
+            ways = [way for way in judged if way.timed == timed]
+            if not ways:
                 alone.append(
-                    f"{result.key}: no quality report of {describe(way)}"
-                    if way
+                    f"{result.key}: no quality report of {describe(timed)}"
+                    if timed
                     else f"{result.key}: it does not tell its bundle"
                 )
-                continue
-            used.add(way)
-            points.append(
+            used.update(ways)
+            points += [
                 Point(
                     result.key,
                     way,
@@ -130,7 +138,8 @@ def read_points(latency: Sequence[Path], qualities: Sequence[Path], metric: str)
                     result.latency.per_frame.high,
                     result.noise.noisy,
                 )
-            )
+                for way in ways
+            ]
     alone += [f"quality of {describe(way)}: no latency report" for way in judged if way not in used]
     if not points:
         raise UserError(
@@ -185,8 +194,9 @@ def way_of(result: Result) -> Way | None:
 
 
 def approximations(options: Mapping[str, object]) -> tuple[tuple[str, object], ...]:
-    """Those among options that are not off, in the order of `USUAL`."""
-    return tuple((name, options[name]) for name, value in USUAL.items() if options.get(name, value) != value)
+    """Those among options that are not off, in the order of `USUAL`; behind them those that cost no time."""
+    usual = USUAL | USUAL_OF_PICTURES
+    return tuple((name, options[name]) for name, value in usual.items() if options.get(name, value) != value)
 
 
 def describe(way: Way) -> str:

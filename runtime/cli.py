@@ -14,6 +14,7 @@ from pathlib import Path
 from factorportrait.bundle import PRECISIONS
 from factorportrait.command import run_command
 from factorportrait.errors import UserError
+from factorportrait.model_config import SOLVERS
 from factorportrait.runtime.cache import KINDS
 from factorportrait.runtime.embedding import KINDS as EMBEDDINGS
 from factorportrait.runtime.loop import COMMITS, HOISTS
@@ -83,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
     generation = parser.add_argument_group("generation")
     generation.add_argument("--mode", choices=("clip", "stream"), help="default: stream where the checkpoint allows it")
     generation.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
+    generation.add_argument("--solver", choices=SOLVERS, help="of the ODE; costs the same (default: the checkpoint's)")
+    generation.add_argument("--shift", type=float, metavar="X", help="of the steps towards noise (default: the checkpoint's)")
     generation.add_argument("--guidance", help="1 (off), 2.5, or expression=2,pose=1.5 (default: the checkpoint's, mostly 1)")
     generation.add_argument(
         "--expression-gain", type=float, default=1.0, metavar="X",
@@ -166,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.mode, arguments.steps, arguments.guidance, arguments.seed, arguments.chunk, arguments.window, arguments.cache,
         arguments.embedding, arguments.hoist, arguments.commit, arguments.step_cache, arguments.guidance_steps, arguments.overlap,
         arguments.latency, arguments.prompt_embeddings, arguments.negative_embeddings, arguments.image_embeddings,
-        arguments.expression_gain,
+        arguments.expression_gain, arguments.solver, arguments.shift,
     )  # fmt: skip
     mode = options.resolve(config).mode
     check_unused(arguments, choose(bundle, arguments.engine).name, mode)
@@ -317,6 +320,7 @@ def figures(session, opened, writer, driving, wall_s: float) -> dict:
         "fps": str(driving.fps),
         "mode": session.options.mode,
         "steps": session.options.steps,
+        "solver": session.options.solver,
         "seed": session.options.seed,
         "generated_fps": None if timings.busy_s is None else round(timings.num_frames / timings.busy_s, 3),
         **timings.summary(),

@@ -14,7 +14,7 @@ from factorportrait.engines.base import Engine, Mirrored, run_once
 from factorportrait.engines.chain import ChainedEngine, stage_names
 from factorportrait.engines.choose import open_engine
 from factorportrait.errors import UserError
-from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
+from factorportrait.model_config import FRAMES_PER_LATENT, SOLVERS, ModelConfig
 from factorportrait.runtime.cache import choose_cache
 from factorportrait.runtime.conditions import ConditionBuilder, DrivingFrame, Group, GroupEncoder
 from factorportrait.runtime.embedding import choose_embedding
@@ -70,6 +70,8 @@ class SessionOptions:
             checkpoint trained on whole chunks alone has not seen such a start.
         prompt_embeddings, negative_embeddings, image_embeddings: files, see `factorportrait.runtime.looked_up.LookedUp`.
         expression_gain: how far expressions go: codes are moved away from the neutral face's by this factor. 0 is a neutral face.
+        solver: of the flow-matching ODE, see `factorportrait.runtime.schedule.flow_schedule`.
+        shift: of the timesteps towards noise; 1 spaces them evenly.
     """
 
     mode: str | None = None
@@ -90,6 +92,8 @@ class SessionOptions:
     negative_embeddings: Path | None = None
     image_embeddings: Path | None = None
     expression_gain: float = 1.0
+    solver: str | None = None
+    shift: float | None = None
 
     def resolve(self, config: ModelConfig) -> SessionOptions:
         """Fill in the checkpoint's values.
@@ -133,7 +137,15 @@ class SessionOptions:
         if self.guidance_steps is not None and self.guidance_steps < 0:
             raise UserError("--guidance-steps", expected="0 or more", found=str(self.guidance_steps), action="leave it out for all")
         guidance = f"{generation.guidance_scale:g}" if self.guidance is None else self.guidance
-        return replace(self, mode=mode, steps=steps, guidance=guidance, chunk_frames=chunk, window_frames=window)
+        solver = generation.solver if self.solver is None else self.solver
+        if solver not in SOLVERS:
+            raise UserError("--solver", expected=" or ".join(SOLVERS), found=solver, action="leave it out for the checkpoint's")
+        shift = generation.timestep_shift if self.shift is None else self.shift
+        if not 0 < shift < float("inf"):
+            raise UserError("--shift", expected="more than 0", found=str(shift), action="1 spaces the steps evenly")
+        return replace(
+            self, mode=mode, steps=steps, guidance=guidance, chunk_frames=chunk, window_frames=window, solver=solver, shift=shift
+        )
 
 
 def parse_hoist(text: str) -> tuple[str, ...]:
@@ -251,8 +263,7 @@ class Session:
             guidance = limit_guidance(guidance, options.guidance_steps)
         if is_wan:
             guidance = wan_guidance(guidance, self.config)
-        generation = self.config.generation
-        schedule = flow_schedule(options.steps, generation.timestep_shift, generation.solver)
+        schedule = flow_schedule(options.steps, options.shift, options.solver)
         noise = NoiseSource(options.seed, (self.config.vae.z_dim, self.config.latent_height, self.config.latent_width))
         constants, hoist = opened.bundle.constants(), parse_hoist(options.hoist)
         clip, in_place, self.cache_reason = options.mode == "clip", False, "clip mode keeps nothing"

@@ -230,7 +230,7 @@ def test_approximations_are_ways_of_their_own():
     assert other != way(4) and "4 steps, window 9, commit last-step, step cache 0.5 (" in describe(other)
 
 
-def quality_report(folder, steps, window, psnr, identities=1):
+def quality_report(folder, steps, window, psnr, identities=1, **approximations):
     """psnr: by steps."""
     figures = {f"steps_{n}": {metric: None for metric in quality.METRICS} | {"psnr": psnr[n]} for n in steps}
     truth = {"truth": {metric: None for metric in quality.METRICS}}
@@ -238,6 +238,7 @@ def quality_report(folder, steps, window, psnr, identities=1):
         schema=quality.SCHEMA, bundle={"name": "demo", "precision": "fp32", "source_key": "k" * 16},
         settings={
             "steps": steps, "primary_steps": steps[0], "generation": "stream", "window_frames": window, "identities": identities,
+            "approximations": approximations,
         },
         thresholds={}, rulers={}, clips=[{"person": "a", "mode": "all", "changed_share": 0.1, "methods": figures | truth}],
         cross=[], disentanglement=[], actions=[], stream=None, seconds=1.0,
@@ -276,6 +277,17 @@ def test_pareto_matches_what_ran_in_the_same_way(both, capsys):
     assert "Judged on 1 clips" in out and "Noisy" not in out
     text = page.read_text()
     assert text.count("<circle") == 3 and '<figure class="pareto">' in text and "<script" not in text
+
+
+def test_a_solver_has_the_time_of_its_steps(both, capsys):
+    """Other pictures, and no other cost: every solver of a number of steps lies over one time."""
+    folder, wide, narrow = both
+    solved = quality_report(folder / "solved", [4], 9, {4: 20.5}, solver="unipc")
+    arguments = ["pareto", "--latency", str(folder), "--quality", str(wide), str(narrow), str(solved)]
+    assert cli.main([*arguments, "--output", str(folder / "pareto.html")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "four/onnxruntime-cpu" in line]
+    assert len(lines) == 2 and len({line.split(" ms")[0].split()[-1] for line in lines}) == 1
+    assert "solver unipc" in lines[1] + lines[0] and sum("solver" in line for line in lines) == 1
 
 
 def test_pareto_refuses_what_does_not_belong_together(both, capsys, tmp_path):

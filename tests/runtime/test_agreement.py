@@ -14,8 +14,9 @@ from engine_sessions import drifting_pictures, driving, latents_and_pictures
 from runtime_oracle import relative_error
 
 from factorportrait.errors import UserError
+from factorportrait.model_config import SOLVERS
 from factorportrait.runtime.loop import HOISTS
-from factorportrait.runtime.schedule import constant_guidance, kept_steps, limit_guidance, parse_guidance
+from factorportrait.runtime.schedule import constant_guidance, flow_schedule, kept_steps, limit_guidance, parse_guidance
 from factorportrait.runtime.session import open_bundle
 
 FRAMES = 29  # eight latent frames, the longest clip is nine
@@ -35,7 +36,7 @@ def eager(tiny_bundle):
 
 def run(bundle, mode, chunk, window, guidance, frames=FRAMES, **changes):
     options = {"mode": mode, "chunk_frames": chunk, "window_frames": window, "guidance": guidance, "steps": 2, "seed": 3}
-    return latents_and_pictures(bundle, frames, **options, **changes)
+    return latents_and_pictures(bundle, frames, **options | changes)
 
 
 @pytest.mark.parametrize("guidance", ["1", "1.5"])
@@ -199,6 +200,25 @@ def test_step_cache(opened):
     assert np.array_equal(run(opened, *given, step_cache=1e6)[0], run(opened, *given)[0])
     with pytest.raises(UserError, match="--step-cache; expected 0 or more"):
         opened.session(step_cache=-1.0)
+
+
+def test_solver_and_shift(opened):
+    """Options take the checkpoint's place: what its config would give, and every one of them is another table."""
+    given = ("stream", 2, 4, "1")
+    found = {name: run(opened, *given, steps=4, solver=name)[0] for name in SOLVERS}
+    generation = opened.config.generation
+    assert np.array_equal(found[generation.solver], run(opened, *given, steps=4)[0])
+    shifted, _ = run(opened, *given, steps=4, shift=3.0)
+    everything = [*found.values(), shifted]
+    for i, latents in enumerate(everything):
+        assert all(not np.array_equal(latents, other) for other in everything[:i])
+    session = opened.session(mode="stream", steps=4, solver="unipc", shift=3.0)
+    expected = flow_schedule(4, 3.0, "unipc")
+    assert np.array_equal(session._denoiser.schedule.outputs, expected.outputs) and expected.outputs.shape == (4, 4)
+    assert np.array_equal(session._denoiser.schedule.timesteps, expected.timesteps)
+    for wrong, words in (({"solver": "magic"}, "--solver; expected euler or"), ({"shift": float("nan")}, "--shift; expected more")):
+        with pytest.raises(UserError, match=words):
+            opened.session(**wrong)
 
 
 def test_expression_gain(opened):

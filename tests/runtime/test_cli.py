@@ -250,6 +250,7 @@ BROKEN = {
     "no such driving": (lambda folder, inputs: {"driving": folder / "none.mp4"}, "none.mp4"),
     "guidance": (lambda folder, inputs: {"guidance": "smile=2"}, "--guidance"),
     "steps": (lambda folder, inputs: {"steps": 0}, "--steps"),
+    "shift": (lambda folder, inputs: {"shift": 0}, "--shift; expected more than 0"),
     "window": (lambda folder, inputs: {"window": 99}, "the trained window"),
     "fps that divides by zero": (lambda folder, inputs: {"fps": "25/0"}, "25/0"),
     "fps that is a word": (lambda folder, inputs: {"fps": "fast"}, "fast"),
