@@ -280,6 +280,6 @@ def chunk_work(bundle: Bundle, options: SessionOptions, *, num_frames: int, coef
     }
     steps = {f"step.{step}": scaled(dit, int((weights != 0).sum())) for step, weights in enumerate(guidance.weights)}
     commit = {} if clip or options.commit != "clean" else {"commit": scaled(dit, guidance.num_sets)}
-    # Where a chunk's steps and commit are one call, they are one stage.
-    passes = steps | commit | {"steps": added(*steps.values(), *commit.values())}
+    # Where a chunk is one call, its conditions, steps and commit are one stage.
+    passes = steps | commit | {"steps": added(works["conditions"], *steps.values(), *commit.values())}
     return works | (commit if options.step_cache else passes) | {"decode": vae("decode")}

@@ -45,6 +45,13 @@ class DeviceArray:
         return DeviceArray(self.address + start * itemsize(self.dtype), shape, self.dtype, self.owner)
 
 
+class Kernels(Protocol):
+    """Functions of a file of cpp_ext/kernels, ready to run on an engine's device."""
+
+    def launch(self, name: str, grid: tuple[int, int, int], block: tuple[int, int, int], *arguments: Any) -> None:
+        """Put one on the device. Arguments are buffers, and NumPy's scalars for everything else."""
+
+
 class Runner(Protocol):
     """One loaded stage. `spec` says what it really takes and gives: names, dtypes and sizes."""
 
@@ -120,6 +127,9 @@ class Engine(Protocol):
 
         `run` must do the same to the same memory every time; what changes has to lie in that memory.
         """
+
+    def kernels(self, file: str, names: Iterable[str]) -> Kernels | None:
+        """Functions of a file of cpp_ext/kernels; None where the device runs none, as a CPU, or they do not compile there."""
 
 
 def check_slots(source: Buffer, source_slot: int, target: Buffer, target_slot: int) -> None:

@@ -106,6 +106,9 @@ class OrtEngine:
     def capture(self, run: Call) -> Call:
         return run
 
+    def kernels(self, file: str, names: Iterable[str]) -> None:
+        return None
+
 
 def session_options(threads: int, spin: bool = True) -> onnxruntime.SessionOptions:
     """Options for low latency with one caller: `threads` inside an operator, operators one after another.

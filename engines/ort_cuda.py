@@ -17,6 +17,7 @@ from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, check_slots, mirrored_sum
 from factorportrait.engines.ort import open_session, session_options
 from factorportrait.engines.tensorrt.cuda import Device
+from factorportrait.engines.tensorrt.kernels import Kernels, compiled
 from factorportrait.engines.tensorrt.sums import SumKernel
 from factorportrait.errors import BundleError, UserError
 
@@ -140,3 +141,7 @@ class OrtCudaEngine:
     def capture(self, run: Call) -> Call:
         """See `factorportrait.engines.base.Engine`."""
         return run
+
+    def kernels(self, file: str, names: Iterable[str]) -> Kernels | None:
+        """See `factorportrait.engines.base.Engine`."""
+        return compiled(self.cuda, file, names)

@@ -13,6 +13,7 @@ from factorportrait.engines.base import slots as _slots_of
 from factorportrait.errors import UserError
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
 from factorportrait.runtime.embedding import FusedEmbedding
+from factorportrait.runtime.kernel_embedding import KernelEmbedder, KernelEmbedding
 from factorportrait.runtime.loop import HOISTS, ChunkConditions
 from factorportrait.runtime.media.camera import ray_maps
 from factorportrait.runtime.media.fit import resize
@@ -342,7 +343,7 @@ class _Slots:
 
     engine: Engine
     controller: Controller
-    embedder: GraphEmbedder | FusedEmbedder
+    embedder: GraphEmbedder | FusedEmbedder | KernelEmbedder
     control: Control | None
     reference: list[tuple[Buffer, Buffer]]
 
@@ -374,7 +375,7 @@ class ConditionBuilder:
         buffers: Callable[[int], tuple[list[Buffer], list[Buffer]]],
         *,
         clip: bool = False,
-        fused: FusedEmbedding | None = None,
+        fused: FusedEmbedding | KernelEmbedding | None = None,
         hoist: Collection[str] = HOISTS,
     ):
         self.config, self.engine, self.guidance, self.timings = config, engine, guidance, timings
@@ -437,6 +438,10 @@ class ConditionBuilder:
         of_frames = [] if is_reference else ["pose_latents", "rays"]
         if self._fused is None:
             embedder = GraphEmbedder(self.config, self.engine, dropped, tokens, of_reference + of_frames)
+        elif isinstance(self._fused, KernelEmbedding):
+            embedder = KernelEmbedder(
+                self._fused, dropped, tokens, with_reference=bool(of_reference), with_frames=bool(of_frames)
+            )
         else:
             embedder = FusedEmbedder(self._fused, self.engine, dropped, tokens, bool(of_reference and of_frames))
         if self._reference is not None:

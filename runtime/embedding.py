@@ -23,6 +23,7 @@ from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import ModelConfig
+from factorportrait.runtime.kernel_embedding import KernelEmbedding, open_kernel_embedding
 
 try:
     from factorportrait import _embed
@@ -90,11 +91,12 @@ def describe_implementation() -> str:
 
 def choose_embedding(
     kind: str, *, config: ModelConfig, arrays: Mapping[str, np.ndarray], engine: Engine
-) -> tuple[FusedEmbedding | None, str]:
+) -> tuple[FusedEmbedding | KernelEmbedding | None, str]:
     """What embeds a bundle's conditions, None for its graph `condition_embed`, and why.
 
     Args:
-        kind: of `KINDS`; "auto" takes the extension where it is built and the engine works in the host's memory.
+        kind: of `KINDS`; "auto" takes the extension where it is built and the engine works in the host's memory. "fused" are, on a
+            device that runs them, the kernels of embed.cu; else the extension.
         arrays: the bundle's constants.
         engine: whose buffers take the tokens. A call has as many threads as its operators; where those run on a device, one per
             usable core.
@@ -123,6 +125,10 @@ def choose_embedding(
         return None, f"the extension computes on the host, the engine on {engine.device}"
     if kind == "auto" and engine.name == "torch":
         return None, "the engine torch, which others are measured against, runs its own modules"
+    if engine.device != "cpu" and set(config.fusion.streams) == set(CHANNEL_NAMES):
+        kernels = open_kernel_embedding(config, engine, arrays[EMBED_WEIGHT], arrays[EMBED_BIAS])
+        if kernels is not None:
+            return kernels, f"CUDA kernels on {engine.device}"
     if implementation() == "numpy" and kind == "auto":
         return None, describe_implementation()
     fused = FusedEmbedding(

@@ -89,7 +89,8 @@ class Timings:
     def summary(self) -> dict[str, object]:
         """Numbers for a report: milliseconds by stage, per-frame percentiles, time to first frame.
 
-        On a device without `wait` a stage's time is the host's: whoever asks for pictures ("decode") waits for all before it.
+        On a device without `wait` a stage's time is the host's: the next one that copies to or from the host waits for all before
+        it, and is charged with it.
         """
         percentiles = {
             f"{name}_p{percentile}": self.frame_ms(percentile, kind)

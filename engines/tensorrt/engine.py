@@ -20,6 +20,7 @@ from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffer
 from factorportrait.engines.tensorrt.build import TARGET, OnProgress, get_plan
 from factorportrait.engines.tensorrt.builder import open_log
 from factorportrait.engines.tensorrt.cuda import CudaError, Device
+from factorportrait.engines.tensorrt.kernels import Kernels, compiled
 from factorportrait.engines.tensorrt.machine import import_tensorrt, probe
 from factorportrait.engines.tensorrt.plans import Options, Plan, PlanStore, Request
 from factorportrait.engines.tensorrt.sums import SumKernel
@@ -141,7 +142,11 @@ class TensorRTEngine:
             finally:
                 self.in_chunk = before
 
-        return _Call(self, "dit, all steps of a chunk,", enqueue, ())
+        return _Call(self, "dit, conditions and all steps of a chunk,", enqueue, ())
+
+    def kernels(self, file: str, names: Iterable[str]) -> Kernels | None:
+        """See `factorportrait.engines.base.Engine`."""
+        return compiled(self.cuda, file, names)
 
     def scratch(self, num_bytes: int) -> DeviceArray:
         """Memory for activations, shared by all calls. When it grows, calls that are bound keep what they have."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from factorportrait.engines.base import Call, DeviceArray
 from factorportrait.engines.tensorrt.cuda import Device
-from factorportrait.kernels import source_path
+from factorportrait.engines.tensorrt.kernels import Kernels
 
 _log = logging.getLogger(__name__)
 THREADS = 256  # of a block
@@ -27,14 +27,7 @@ class SumKernel:
     def __init__(self, device: Device):
         self._device, self.reason = device, ""
         try:
-            from cuda import core
-
-            gpu = core.Device(0)
-            gpu.set_current()
-            self._core, self._stream = core, core.Stream.from_handle(device.stream)
-            options = core.ProgramOptions(arch=f"sm_{gpu.arch}", std="c++17")
-            program = core.Program(source_path("sum.cu").read_text(encoding="utf-8"), "c++", options)
-            self._kernel = program.compile("cubin").get_kernel("weighted_sum")
+            self._kernels = Kernels(device, "sum.cu", ["weighted_sum"])
         except Exception as error:  # NVRTC, its loader and the driver raise types of their own; sums go by way of the host then
             self.reason = (str(error).splitlines() or [type(error).__name__])[0]
             _log.warning("steps of a chunk run one by one, their sums on the host: no kernel for them (%s)", self.reason)
@@ -47,15 +40,11 @@ class SumKernel:
                                      (np.uint64, np.float32), strict=True)
         )  # fmt: skip
         size, period, skipped = prod(target.shape), prod(target.shape[2:]), first * prod(target.shape[3:])
-        config = self._core.LaunchConfig(grid=-(-size // THREADS), block=THREADS)
-        i64 = np.int64
-        arguments = (
-            sources.address, weights.address, np.int32(len(terms)), target.address, i64(size), i64(period), i64(skipped),
-        )  # fmt: skip
+        grid, block, i64 = (-(-size // THREADS), 1, 1), (THREADS, 1, 1), np.int64
+        arguments = sources, weights, np.int32(len(terms)), target, i64(size), i64(period), i64(skipped)
 
         def call(_memory: Any = (sources, weights, target, terms)) -> None:
-            with self._device.lock:
-                self._core.launch(self._stream, config, self._kernel, *arguments)
+            self._kernels.launch("weighted_sum", grid, block, *arguments)
 
         return call
 

@@ -9,14 +9,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import latency_reports
+import numpy as np
 import pytest
 
 from factorportrait.benchmarks import cli, run
 from factorportrait.benchmarks.cases import Case, ExportFailed, resolve
 from factorportrait.benchmarks.measure import ProcessWorker, WorkerError, measure_case
 from factorportrait.benchmarks.peers import PEERS
-from factorportrait.benchmarks.schema import Limits, read_report
+from factorportrait.benchmarks.schema import Limits, Work, read_report
 from factorportrait.bundle import Bundle
 from factorportrait.errors import UserError
 from factorportrait.runtime.embedding import implementation
@@ -254,3 +257,24 @@ def test_a_failed_row_and_an_empty_report_are_no_success(report):
     missing = replace(good, status="unavailable", repetitions=())
     assert run.exit_code([good, missing]) == 0
     assert run.exit_code([good, failed]) == run.exit_code([missing]) == run.exit_code([]) == run.EXIT_FAILED
+
+
+@pytest.mark.parametrize(
+    ("peer", "whole", "embedding", "counted"),
+    [
+        ("tensorrt", True, "auto", {"steps", "decode"}), ("tensorrt", True, "fused", {"decode"}),
+        ("tensorrt", False, "auto", {"conditions", "decode"}), ("onnxruntime-cpu", False, "graph", {"conditions", "decode"}),
+    ],
+)  # fmt: skip
+def test_work_is_told_of_the_stage_that_does_it(peer, whole, embedding, counted):
+    """Where a chunk is one call its conditions are in there; kernels in place of their graph are not counted."""
+    chunk = {"conditions": 1.0, "decode": 2.0} | ({"steps": 30.0} if whole else {})
+    row = latency_reports.result(
+        [latency_reports.repetition(np.random.default_rng(0), 0.0, 0, {})], peer=peer, embedding=embedding
+    )
+    row = replace(row, stages=tuple(replace(row.stages[0], name=name, work=None) for name in chunk))
+    works = {name: Work(1e9, {"linear": 1e9}, 1e6, 1e6) for name in ("conditions", "steps", "decode")}
+    limits = Limits("any", 2, {"fp32": 1e11}, 1e10, {})
+    gathered = SimpleNamespace(sources={"demo": run.Source("k", works)}, limits={"gpu": limits, "cpu 2": limits})
+    found = run.completed(row, gathered)
+    assert {stage.name for stage in found.stages if stage.work is not None} == counted

@@ -148,6 +148,8 @@ def test_a_chunk_of_a_bundle_has_every_stage(tiny_bundle, mode):
     single = chunk_work(bundle, SessionOptions(mode=mode, steps=2).resolve(bundle.config), num_frames=9, coefficients=True)
     # Guidance evaluates two sets of conditions.
     assert works["step.0"].flops == pytest.approx(2 * single["step.0"].flops)
+    whole = sum(work.flops for name, work in works.items() if name in ("conditions", "step.0", "step.1", "commit"))
+    assert works["steps"].flops == pytest.approx(whole)
     assert single["expression"].flops < works["expression"].flops
     assert all(work.flops > 0 and 0 < work.bytes <= work.node_bytes for work in works.values())
     few = SessionOptions(mode=mode, steps=2, guidance="2", guidance_steps=1).resolve(bundle.config)

@@ -75,6 +75,7 @@ def test_a_slot_is_copied(device, monkeypatch, dtype, slots, places):
 
 def test_nothing_of_another_thread_is_recorded(device, calls):
     buffer, values = device.zeros((4,), "float32"), np.ones(4, np.float32)
+    slots = device.zeros((1, 1, 2, 2, 2), "float32")
     replay = device.capture(lambda: None)
     recording, tried = threading.Event(), threading.Event()
 
@@ -89,7 +90,7 @@ def test_nothing_of_another_thread_is_recorded(device, calls):
     assert recording.wait(10)
     actions = (
         lambda: device.copy(values, buffer), lambda: device.zeros((2,), "float32"), lambda: device.pinned((2,), "float32"),
-        device.synchronize, replay,
+        device.synchronize, replay, lambda: device.copy_slot(slots, 0, slots, 1),
     )  # fmt: skip
 
     def act(action):
@@ -107,7 +108,7 @@ def test_nothing_of_another_thread_is_recorded(device, calls):
     end = names.index("cudaStreamEndCapture", start)
     assert {thread for thread, _ in calls[start:end]} == {"recorder"}
     later = {name for thread, name in calls[end:] if thread == "other"}
-    assert {"cudaMemcpyAsync", "cudaStreamSynchronize", "cudaGraphLaunch"} <= later
+    assert {"cudaMemcpyAsync", "cudaMemcpy2DAsync", "cudaStreamSynchronize", "cudaGraphLaunch"} <= later
     assert {"cudaMalloc", "cudaMemsetAsync", "cudaMallocHost", "cudaFree"} <= later
 
 

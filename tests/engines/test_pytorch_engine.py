@@ -75,13 +75,14 @@ def test_nobody_asks_the_device_while_a_graph_is_recorded(bundle, tiny_checkpoin
     engine = TorchEngine(bundle, tiny_checkpoint, device="cpu", threads=1)
     engine.graphs, engine._pool, engine.lock = True, None, threading.RLock()
     first, second = (engine.zeros((1, 2, 3, 4, 4), "float32") for _ in range(2))
+    half = engine.zeros((2,), "bfloat16")
     add = engine.weighted_sum(first, [(second, 1.0)], second)
     runner = engine.load("arkit_encoder")
     stage = runner.bind(*(allocate(engine, side, {"B": 1}) for side in (runner.spec.inputs, runner.spec.outputs)))
     actions = {
         "zeros": lambda: engine.zeros((1,), "float32"), "copy": lambda: engine.copy(first, second), "sum": add, "stage": stage,
         "slot": lambda: engine.copy_slot(first, 0, second, 1), "chunk": engine.capture(lambda: None),
-        "mirror": lambda: engine.mirror(engine.zeros((2,), "bfloat16")),
+        "mirror": lambda: engine.mirror(half),
     }  # fmt: skip
     waiting, done = [threading.Event() for _ in actions], []
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from factorportrait.kernels import source_path
+from factorportrait.runtime.kernel_embedding import FILE, KERNELS
 
 sys.path.append(str(Path(__file__).parents[1] / "cpp_ext"))
 from embedding_oracle import oracle_rays, oracle_tokens, pack_rays, portrait_cameras  # noqa: E402
@@ -17,23 +17,12 @@ from embedding_oracle import oracle_rays, oracle_tokens, pack_rays, portrait_cam
 @pytest.fixture(scope="module")
 def kernels():
     """launch(name, grid, block, *arguments) on a stream, and the memory that goes with it."""
-    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     from factorportrait.engines.tensorrt.cuda import Device
+    from factorportrait.engines.tensorrt.kernels import Kernels
 
-    device = core.Device(0)
-    device.set_current()
     memory = Device()
-    source = source_path("embed.cu")
-    options = core.ProgramOptions(arch=f"sm_{device.arch}", include_path=str(source.parent), std="c++17")
-    names = ("embed_prepare_cameras", "embed_fold_cameras", "embed_tokens_f32", "embed_tokens_f16")
-    module = core.Program(source.read_text(encoding="utf-8"), "c++", options).compile("cubin")
-    functions = {name: module.get_kernel(name) for name in names}
-    stream = core.Stream.from_handle(memory.stream)
-
-    def launch(name, grid, block, *arguments):
-        core.launch(stream, core.LaunchConfig(grid=grid, block=block), functions[name], *arguments)
-
-    return launch, memory
+    return Kernels(memory, FILE, KERNELS).launch, memory
 
 
 @pytest.mark.parametrize("camera", [6, 24])

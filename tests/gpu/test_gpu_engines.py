@@ -114,6 +114,18 @@ def test_sums_on_the_device_equal_numpy(open_on, engine, precision):
         assert np.array_equal(found, arrays[0])
 
 
+@pytest.mark.parametrize(("engine", "precision"), [pair for pair in ENGINES if pair[0] != "torch"])
+@pytest.mark.parametrize("options", [STREAM, CLIP], ids=lambda options: options["mode"])
+@pytest.mark.parametrize("guidance", ["1", "1.5"])
+def test_the_embedding_by_kernels_equals_the_graph(open_on, engine, precision, options, guidance):
+    opened = open_on(engine, precision)
+    (found, _), (expected, _) = (
+        latents_and_pictures(opened, 29, embedding=kind, guidance=guidance, **options) for kind in ("fused", "graph")
+    )
+    assert opened.session(embedding="fused", **options).embedding_reason.startswith("CUDA kernels")
+    assert error(found, expected) <= LIMITS[precision]
+
+
 @pytest.mark.parametrize(("engine", "precision"), ENGINES)
 def test_a_slot_is_copied_on_the_device(open_on, engine, precision):
     device = open_on(engine, precision).engine

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,7 +127,8 @@ def test_streams(opened, replaying, cache, changes, monkeypatch):
     solver = changes.get("solver", "euler")
     monkeypatch.setattr(runtime_session, "flow_schedule", lambda steps, shift, _: flow_schedule(steps, shift, solver))
     changes = {name: value for name, value in changes.items() if name != "solver"}
-    options = {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "steps": 2, "seed": 3, "cache": cache} | changes
+    options = {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "steps": 2, "seed": 3, "cache": cache, "embedding": "graph"}
+    options |= changes
     latents, pictures = latents_and_pictures(replaying, 61, **options)
     expected, expected_pictures = latents_and_pictures(opened, 61, **options)
     assert np.array_equal(latents, expected) and np.array_equal(pictures, expected_pictures)
@@ -136,9 +138,10 @@ def test_streams(opened, replaying, cache, changes, monkeypatch):
 
 
 @pytest.mark.parametrize("guidance", ["1", "1.5"])
-def test_clips(opened, replaying, guidance):
+@pytest.mark.parametrize("embedding", ["graph", "fused"])
+def test_clips(opened, replaying, guidance, embedding):
     """A clip is one chunk: three of them, each with another portrait, are run, recorded and replayed."""
-    options = {"mode": "clip", "steps": 2, "seed": 3, "guidance": guidance}
+    options = {"mode": "clip", "steps": 2, "seed": 3, "guidance": guidance, "embedding": embedding}
     sessions = [bundle.session(**options) for bundle in (opened, replaying)]
     for portrait in range(4):
         expected, found = (
@@ -149,9 +152,17 @@ def test_clips(opened, replaying, guidance):
     assert replaying.engine.recorded == 1 and replaying.engine.replays == 3
 
 
-def test_a_new_portrait_and_a_last_chunk_of_another_size(opened, replaying):
+@pytest.mark.parametrize("embedding", ["graph", "fused"])
+@pytest.mark.parametrize("slots", ["first", "all"])
+def test_a_new_portrait_and_a_last_chunk_of_another_size(tiny_bundle, embedding, slots):
     """47 frames end within a chunk; the second portrait's stream begins with an empty window again."""
-    options = {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "steps": 2, "seed": 3}
+    bundles = [Bundle(tiny_bundle) for _ in range(2)]
+    for bundle in bundles:  # no weight and no graph depends on which slots hold the reference
+        config = replace(bundle.config, fusion=replace(bundle.config.fusion, reference_slots=slots))
+        bundle.manifest = replace(bundle.manifest, config=config)
+    engines = [OrtEngine(bundle, threads=1) for bundle in bundles]
+    opened, replaying = OpenBundle(bundles[0], engines[0]), OpenBundle(bundles[1], ReplayingEngine(engines[1]))
+    options = {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "steps": 2, "seed": 3, "embedding": embedding}
     sessions = [bundle.session(**options) for bundle in (opened, replaying)]
     for portrait in (1, 2, 1):
         expected, found = (
