@@ -36,7 +36,8 @@ is being collected, the one before may be computed.
 `write` where they count, and `other`: the time in which none of them ran, which is the loop's own Python (converting
 pictures, drawing noise, positions) and its caller's. In serial execution the stages of a chunk do not overlap, so
 with `other` they sum to its wall time; `accounted` is the share without it. In overlapped execution `occupancy`
-says which share of the wall time each stage was busy, and `critical_path` which stages bound it. """
+says which share of the wall time each stage was busy, and `critical_path` which stages bound it.
+"""
 
 from __future__ import annotations
 

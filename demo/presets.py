@@ -122,7 +122,7 @@ CPU = Preset(
     device="cpu",
     vae=PhaseSettings(steps=6000, minutes=8.0, parts=2, batch=9, learning_rate=2e-3),
     expression=PhaseSettings(steps=20000, minutes=40.0, parts=2, batch=24, learning_rate=1e-3, cooldown=0.5),
-    dit=DiTSettings(steps=12000, minutes=320.0, parts=2, batch=24, learning_rate=2e-3, cooldown=0.85),
+    dit=DiTSettings(steps=12000, minutes=400.0, parts=2, batch=24, learning_rate=2e-3, cooldown=0.85),
 )
 # Together 22 minutes; --stop-after cuts them into runs.
 GPU = replace(
