@@ -26,7 +26,7 @@ LARGER_IS_BETTER = {
 }  # fmt: skip
 # Options that change both pictures and time, and what they are where nobody asked.
 USUAL = {"guidance": "1", "guidance_steps": None, "commit": "clean", "step_cache": 0.0}
-# The same, but the time stays what it is.
+# The same, but the time stays what it is, unless steps are skipped by what the schedule's time embeddings are.
 USUAL_OF_PICTURES = {"solver": None, "shift": None}
 # Settings of a quality report that decide what was judged.
 CLIPS = ("identities", "frames", "modes", "seed", "clips", "expression", "expression_gain")
@@ -46,6 +46,8 @@ class Way:
     @property
     def timed(self) -> Way:
         """The way whose time this one has."""
+        if dict(self.approximations).get("step_cache"):
+            return self
         costly = tuple((name, value) for name, value in self.approximations if name not in USUAL_OF_PICTURES)
         return replace(self, approximations=costly)
 

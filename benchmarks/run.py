@@ -385,10 +385,11 @@ def completed(result: Result, run: Run) -> Result:
     if peer.fused and result.config.get("embedding", "auto") != "graph" and implementation() != "numpy":
         # What was counted is the graph that did not run.
         works = {name: work for name, work in works.items() if name != "conditions"}
-    if any(stage.name == "steps" for stage in result.stages):
-        # The stage `conditions` only sends what they are made of; kernels in place of their graph are not counted.
-        without = {"conditions", "steps"} if result.config.get("embedding", "auto") == "fused" else {"conditions"}
-        works = {name: work for name, work in works.items() if name not in without}
+    if result.config.get("embedding", "auto") == "fused":
+        works = {name: work for name, work in works.items() if name not in ("conditions", "steps")}  # the same
+    elif any(stage.name == "steps" for stage in result.stages):
+        # The stage `conditions` only sends what they are made of.
+        works = {name: work for name, work in works.items() if name != "conditions"}
     stages = (
         bounded(stage, works[stage.name], limits, precision) if stage.name in works else stage for stage in result.stages
     )

@@ -17,7 +17,7 @@ from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffers, check_slots, mirrored_sum
 from factorportrait.engines.ort import open_session, session_options
 from factorportrait.engines.tensorrt.cuda import Device
-from factorportrait.engines.tensorrt.kernels import Kernels, compiled
+from factorportrait.engines.tensorrt.kernels import Kernels, KernelStore
 from factorportrait.engines.tensorrt.sums import SumKernel
 from factorportrait.errors import BundleError, UserError
 
@@ -89,7 +89,7 @@ class OrtCudaEngine:
     def __init__(self, bundle: Bundle, *, graphs: bool = False):
         self.bundle, self.cuda = bundle, Device()
         self.lock = self.cuda.lock
-        self._sums = SumKernel(self.cuda)
+        self._sums, self._kernels = SumKernel(self.cuda), KernelStore(self.cuda)
         # Its own captured graphs follow each other on one stream; a graph around them it does not allow.
         self.whole_chunks = graphs and not self._sums.reason
         self._graph_ids = itertools.count(1) if graphs else None
@@ -144,4 +144,4 @@ class OrtCudaEngine:
 
     def kernels(self, file: str, names: Iterable[str]) -> Kernels | None:
         """See `factorportrait.engines.base.Engine`."""
-        return compiled(self.cuda, file, names)
+        return self._kernels.open(file, names)

@@ -118,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
     machine.add_argument("--cache", choices=KINDS, default="auto", help="how keys and values are kept (stream; default auto)")
     machine.add_argument(
         "--embedding", choices=EMBEDDINGS, default="auto",
-        help="who embeds pose and camera: the C++ extension, or the bundle's graph (default auto, and the output says why)",
+        help="who embeds pose and camera: the C++ extension (on a GPU CUDA kernels), or the bundle's graph (default auto, and the "
+        "output says why)",
     )  # fmt: skip
     machine.add_argument(
         "--hoist", default="all", metavar="A,B",
@@ -321,6 +322,7 @@ def figures(session, opened, writer, driving, wall_s: float) -> dict:
         "mode": session.options.mode,
         "steps": session.options.steps,
         "solver": session.options.solver,
+        "shift": session.options.shift,
         "seed": session.options.seed,
         "generated_fps": None if timings.busy_s is None else round(timings.num_frames / timings.busy_s, 3),
         **timings.summary(),

@@ -23,7 +23,7 @@ from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import ModelConfig
-from factorportrait.runtime.kernel_embedding import KernelEmbedding, open_kernel_embedding
+from factorportrait.runtime.kernel_embedding import KernelEmbedding, check_cameras, open_kernel_embedding
 
 try:
     from factorportrait import _embed
@@ -374,7 +374,7 @@ class _NumpyCore:
         frames_used = len(self.camera_weight)
         if K is not None and frames_used:
             cameras = K if len(K) == len(c2w) else np.broadcast_to(K, (len(c2w), 3, 3)), c2w
-            _check_cameras(*cameras)
+            check_cameras(*cameras)
         num_tokens = len(out) // num_slots
         for slot in range(num_slots):
             tokens = np.broadcast_to(self.bias, (num_tokens, len(self.bias)))
@@ -417,24 +417,6 @@ def _group_frame(num_frames: int, num_slots: int, slot: int, j: int) -> int:
     if num_frames == FRAMES_PER_GROUP * num_slots - 3:
         return 0 if slot == 0 else FRAMES_PER_GROUP * slot - 3 + j
     return slot
-
-
-def _check_cameras(K: np.ndarray, c2w: np.ndarray) -> None:
-    """The checks of the extension: every pixel has a ray."""
-    for name, matrices in (("K", K), ("c2w", c2w[:, :3, :3])):
-        sizes = np.abs(matrices).max((1, 2))
-        with np.errstate(all="ignore"):
-            good = np.isfinite(matrices).all((1, 2)) & (np.abs(np.linalg.det(matrices)) > 1e-14 * sizes**3)
-        if not good.all():
-            what = (
-                "an invertible matrix of finite numbers; no ray goes through a pixel" if name == "K" else "a rotation"
-            )
-            raise ValueError(f"{name}[{int(np.argmin(good))}]: expected {what}")
-    good = np.isfinite(c2w).all((1, 2)) & (np.abs(c2w[:, 3] - [0, 0, 0, 1]).sum(1) <= 1e-9)
-    if not good.all():
-        raise ValueError(
-            f"c2w[{int(np.argmin(good))}]: expected finite numbers and a last row of 0 0 0 1; is it transposed?"
-        )
 
 
 def _mismatch(name: str, expected: str, array: np.ndarray) -> ValueError:

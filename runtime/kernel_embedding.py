@@ -105,10 +105,10 @@ class KernelEmbedder:
         Raises:
             ValueError: a camera that has no rays.
         """
-        for name, kept in (("K", self._K), ("c2w", self._c2w)):
-            kept.array[...] = np.concatenate([getattr(group, name) for group in groups])
-            if not (np.abs(np.linalg.det(kept.array[:, :3, :3])) > 0).all():
-                raise ValueError(f"{name}: expected matrices that can be inverted")
+        cameras = [np.concatenate([getattr(group, name) for group in groups]) for name in ("K", "c2w")]
+        check_cameras(*cameras)  # the kernels leave what they made of the chunk before where a camera has no rays
+        for kept, matrices in zip((self._K, self._c2w), cameras, strict=True):
+            kept.array[...] = matrices
             kept.send()
         for slot, group in enumerate(groups):
             self._embedding.engine.copy_slot(group.pose_latents.buffer, 0, self._latents["pose"], slot)
@@ -162,3 +162,25 @@ def open_kernel_embedding(
     """The kernels with a bundle's weights; None where the engine's device runs none."""
     kernels = engine.kernels(FILE, KERNELS)
     return None if kernels is None else KernelEmbedding(config, engine, kernels, weight, bias)
+
+
+def check_cameras(K: np.ndarray, c2w: np.ndarray) -> None:
+    """Every pixel has a ray; the same checks as in rays.h. K [F, 3, 3], c2w [F, 4, 4].
+
+    Raises:
+        ValueError: a camera has none; it names the first.
+    """
+    for name, matrices in (("K", K), ("c2w", c2w[:, :3, :3])):
+        sizes = np.abs(matrices).max((1, 2))
+        with np.errstate(all="ignore"):
+            good = np.isfinite(matrices).all((1, 2)) & (np.abs(np.linalg.det(matrices)) > 1e-14 * sizes**3)
+        if not good.all():
+            what = (
+                "an invertible matrix of finite numbers; no ray goes through a pixel" if name == "K" else "a rotation"
+            )
+            raise ValueError(f"{name}[{int(np.argmin(good))}]: expected {what}")
+    good = np.isfinite(c2w).all((1, 2)) & (np.abs(c2w[:, 3] - [0, 0, 0, 1]).sum(1) <= 1e-9)
+    if not good.all():
+        raise ValueError(
+            f"c2w[{int(np.argmin(good))}]: expected finite numbers and a last row of 0 0 0 1; is it transposed?"
+        )

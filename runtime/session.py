@@ -47,6 +47,9 @@ STAGES = (
 )
 
 
+MAX_SHIFT = 1000  # the tables of multistep solvers are finite up to here, for up to 100 steps
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """How to generate. None takes what the checkpoint was trained for.
@@ -141,8 +144,15 @@ class SessionOptions:
         if solver not in SOLVERS:
             raise UserError("--solver", expected=" or ".join(SOLVERS), found=solver, action="leave it out for the checkpoint's")
         shift = generation.timestep_shift if self.shift is None else self.shift
-        if not 0 < shift < float("inf"):
-            raise UserError("--shift", expected="more than 0", found=str(shift), action="1 spaces the steps evenly")
+        if not 0 < shift <= MAX_SHIFT:
+            raise UserError(
+                "--shift", expected=f"more than 0, at most {MAX_SHIFT}", found=str(shift), action="1 spaces the steps evenly"
+            )
+        if self.step_cache and solver == "renoise":
+            # A velocity is that of the noise it was predicted from, and this solver draws it anew in every step.
+            raise UserError(
+                "--step-cache", expected="a solver of the ODE", found="renoise", action="leave it out, or choose another --solver"
+            )
         return replace(
             self, mode=mode, steps=steps, guidance=guidance, chunk_frames=chunk, window_frames=window, solver=solver, shift=shift
         )

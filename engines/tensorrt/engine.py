@@ -20,7 +20,7 @@ from factorportrait.engines.base import Buffers, Call, DeviceArray, check_buffer
 from factorportrait.engines.tensorrt.build import TARGET, OnProgress, get_plan
 from factorportrait.engines.tensorrt.builder import open_log
 from factorportrait.engines.tensorrt.cuda import CudaError, Device
-from factorportrait.engines.tensorrt.kernels import Kernels, compiled
+from factorportrait.engines.tensorrt.kernels import Kernels, KernelStore
 from factorportrait.engines.tensorrt.machine import import_tensorrt, probe
 from factorportrait.engines.tensorrt.plans import Options, Plan, PlanStore, Request
 from factorportrait.engines.tensorrt.sums import SumKernel
@@ -64,7 +64,7 @@ class TensorRTEngine:
         self.log = open_log(self.trt, _log.info)
         self.cuda = Device()
         self.lock = self.cuda.lock
-        self._sums = SumKernel(self.cuda)
+        self._sums, self._kernels = SumKernel(self.cuda), KernelStore(self.cuda)
         self.whole_chunks = not eager and not self._sums.reason
         self.in_chunk = False  # calls are part of a chunk's graph and have none of their own
         self._runtime = self.trt.Runtime(self.log)
@@ -146,7 +146,7 @@ class TensorRTEngine:
 
     def kernels(self, file: str, names: Iterable[str]) -> Kernels | None:
         """See `factorportrait.engines.base.Engine`."""
-        return compiled(self.cuda, file, names)
+        return self._kernels.open(file, names)
 
     def scratch(self, num_bytes: int) -> DeviceArray:
         """Memory for activations, shared by all calls. When it grows, calls that are bound keep what they have."""

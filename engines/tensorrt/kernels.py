@@ -28,13 +28,15 @@ class Kernels:
         from cuda import core
 
         self._device, self._core = device, core
-        gpu = core.Device(0)
-        gpu.set_current()
-        self._stream = core.Stream.from_handle(device.stream)
+        with device.lock:
+            gpu = core.Device(0)
+            gpu.set_current()
+            self._stream = core.Stream.from_handle(device.stream)
         source = source_path(file)
         options = core.ProgramOptions(arch=f"sm_{gpu.arch}", include_path=str(source.parent), std="c++17")
         module = core.Program(source.read_text(encoding="utf-8"), "c++", options).compile("cubin")
-        self._functions = {name: module.get_kernel(name) for name in names}
+        with device.lock:  # this loads code onto the device
+            self._functions = {name: module.get_kernel(name) for name in names}
 
     def launch(self, name: str, grid: tuple[int, int, int], block: tuple[int, int, int], *arguments: Any) -> None:
         """See `factorportrait.engines.base.Kernels.launch`."""
@@ -43,10 +45,19 @@ class Kernels:
             self._core.launch(self._stream, self._core.LaunchConfig(grid=grid, block=block), self._functions[name], *given)
 
 
-def compiled(device: Device, file: str, names: Iterable[str]) -> Kernels | None:
-    """`Kernels`, or None where they do not compile or load; the log says why."""
-    try:
-        return Kernels(device, file, names)
-    except Exception as error:  # NVRTC, its loader and the driver raise types of their own
-        _log.warning("no kernels of %s: %s", file, (str(error).splitlines() or [type(error).__name__])[0])
-        return None
+class KernelStore:
+    """Kernels by file, compiled once for all sessions of an engine."""
+
+    def __init__(self, device: Device):
+        self._device, self._found = device, {}
+
+    def open(self, file: str, names: Iterable[str]) -> Kernels | None:
+        """`Kernels`, or None where they do not compile or load; the log says why."""
+        key = file, tuple(names)
+        if key not in self._found:
+            try:
+                self._found[key] = Kernels(self._device, *key)
+            except Exception as error:  # NVRTC, its loader and the driver raise types of their own
+                _log.warning("no kernels of %s: %s", file, (str(error).splitlines() or [type(error).__name__])[0])
+                self._found[key] = None
+        return self._found[key]

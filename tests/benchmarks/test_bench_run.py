@@ -263,7 +263,8 @@ def test_a_failed_row_and_an_empty_report_are_no_success(report):
     ("peer", "whole", "embedding", "counted"),
     [
         ("tensorrt", True, "auto", {"steps", "decode"}), ("tensorrt", True, "fused", {"decode"}),
-        ("tensorrt", False, "auto", {"conditions", "decode"}), ("onnxruntime-cpu", False, "graph", {"conditions", "decode"}),
+        ("tensorrt", False, "auto", {"conditions", "decode"}), ("tensorrt", False, "fused", {"decode"}),
+        ("onnxruntime-cpu", False, "graph", {"conditions", "decode"}),
     ],
 )  # fmt: skip
 def test_work_is_told_of_the_stage_that_does_it(peer, whole, embedding, counted):

@@ -357,3 +357,12 @@ def test_what_drives_the_expression(tiny_bundle, tmp_path, monkeypatch, expressi
         assert all(frame.image is not None and frame.coefficients is None for frame in shown)
     else:
         assert all(frame.image is None for frame in shown) and np.any([frame.coefficients for frame in shown[:6]])
+
+
+def test_every_option_that_changes_pictures_is_told(tmp_path):
+    """Another solver is another run: it reaches the sessions and stands in the report."""
+    given = {"solver": "unipc", "shift": 3.0, "guidance": "1.5", "guidance_steps": 1, "commit": "last-step", "step_cache": 0.5}
+    arguments = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    options = cli.parser().parse_args(["quality", str(tmp_path), *arguments])
+    assert cli.settings_from(options).approximations == given
+    assert cli.settings_from(cli.parser().parse_args(["quality", str(tmp_path)])).approximations == {}

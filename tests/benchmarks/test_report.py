@@ -286,8 +286,17 @@ def test_a_solver_has_the_time_of_its_steps(both, capsys):
     arguments = ["pareto", "--latency", str(folder), "--quality", str(wide), str(narrow), str(solved)]
     assert cli.main([*arguments, "--output", str(folder / "pareto.html")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "four/onnxruntime-cpu" in line]
-    assert len(lines) == 2 and len({line.split(" ms")[0].split()[-1] for line in lines}) == 1
+    assert len(lines) == 2 and len({line.lstrip("* ").split()[0] for line in lines}) == 1
+    assert float(lines[0].lstrip("* ").split()[0]) > 0
     assert "solver unipc" in lines[1] + lines[0] and sum("solver" in line for line in lines) == 1
+
+
+def test_a_solver_decides_which_steps_a_cache_skips():
+    """So such a report has the time of no other."""
+    both = dataclasses.replace(way(4), approximations=approximations({"step_cache": 1.0, "solver": "unipc"}))
+    alone = dataclasses.replace(way(4), approximations=approximations({"step_cache": 1.0}))
+    assert both.timed == both and alone.timed == alone != both
+    assert dataclasses.replace(way(4), approximations=approximations({"solver": "unipc"})).timed == way(4)
 
 
 def test_pareto_refuses_what_does_not_belong_together(both, capsys, tmp_path):

@@ -216,7 +216,8 @@ def test_solver_and_shift(opened):
     expected = flow_schedule(4, 3.0, "unipc")
     assert np.array_equal(session._denoiser.schedule.outputs, expected.outputs) and expected.outputs.shape == (4, 4)
     assert np.array_equal(session._denoiser.schedule.timesteps, expected.timesteps)
-    for wrong, words in (({"solver": "magic"}, "--solver; expected euler or"), ({"shift": float("nan")}, "--shift; expected more")):
+    for wrong, words in (({"solver": "magic"}, "--solver; expected euler or"), ({"shift": float("nan")}, "--shift; expected more"),
+                         ({"shift": 1e6}, "--shift; expected more"), ({"solver": "renoise", "step_cache": 1.0}, "--step-cache")):
         with pytest.raises(UserError, match=words):
             opened.session(**wrong)
 

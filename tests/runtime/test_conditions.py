@@ -62,10 +62,12 @@ def random_groups(opened, count, seed=0):
     K, c2w = default_camera(config)
     groups = []
     for _ in range(count):
-        cameras = np.repeat(c2w[None], 4, axis=0)
+        cameras, lenses = np.repeat(c2w[None], 4, axis=0), np.repeat(K[None], 4, axis=0)
         cameras[:, :3, 3] += 0.1 * normal(4, 3)
+        cameras[:, :3, :3] @= np.linalg.qr(np.eye(3) + 0.1 * normal(4, 3, 3))[0]
+        lenses[:, [0, 1], [0, 1]] *= 1 + 0.1 * normal(4, 1)
         pose = Mirrored(opened.engine, normal(1, 16, 1, h, w))
-        groups.append(Group(normal(1, 4, config.expression.code_dim), np.repeat(K[None], 4, axis=0), cameras, pose))
+        groups.append(Group(normal(1, 4, config.expression.code_dim), lenses, cameras, pose))
     return groups
 
 
@@ -165,7 +167,7 @@ def test_threads_of_the_fused_embedding(opened, threads, expected, monkeypatch):
     """The engine's; on a device it has none on the host, and the embedding takes the cores that the process may use."""
     monkeypatch.setattr(embedding, "usable_cores", lambda: 5)
     monkeypatch.setattr(embedding, "FusedEmbedding", lambda *_, num_threads, **__: num_threads)
-    engine = SimpleNamespace(name="any", device="cuda:0", threads=threads)
+    engine = SimpleNamespace(name="any", device="cuda:0", kernels=lambda *_: None, threads=threads)
     found, _ = choose_embedding("fused", config=opened.config, arrays=opened.bundle.constants(), engine=engine)
     assert found == expected
 

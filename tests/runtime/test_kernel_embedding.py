@@ -124,6 +124,39 @@ def test_tokens_equal_the_graph(opened, emulated, guidance, mode, slots):
     assert np.array_equal(found[0][half - sets][:, -1], found[0][-sets][:, -1]) == (slots == "first")
 
 
+@pytest.mark.parametrize("rays", ["packed", "last"])
+@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("dropped", [(), ("camera",), ("pose",), ("reference",), ("reference", "pose", "camera")])
+def test_tokens_equal_the_extension(emulated, rays, patch, dropped):
+    """Weights of every kind of config, against the host's embedding of the same groups; frames hold the portrait too."""
+    config = emulated.config
+    fusion = replace(config.fusion, rays=rays, reference_slots="all", streams=("camera", "pose", "noise", "reference"))
+    config = replace(config, dit=replace(config.dit, patch_size=patch), fusion=fusion)
+    rng = np.random.default_rng(2)
+    weight, bias = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((70, fusion.in_channels, *patch), (70,))
+    )
+    host = embedding.FusedEmbedding(
+        weight, bias, channels={name: fusion.channels(name) for name in fusion.streams}, latent_height=config.latent_height,
+        latent_width=config.latent_width, stride=config.vae.spatial_stride,
+    )  # fmt: skip
+    engine, groups = emulated.engine, random_groups(emulated, 3)
+    portrait = rng.standard_normal((1, config.vae.z_dim, 1, config.latent_height, config.latent_width)).astype(np.float32)
+    tokens = engine.zeros((1, 3, host.tokens_per_frame, 70), "float32")
+    device = KernelEmbedding(config, engine, engine, weight, bias)
+    embedder = kernel_embedding.KernelEmbedder(device, [frozenset(dropped)], [tokens], with_reference=True, with_frames=True)
+    embedder.set_reference(portrait)
+    embedder.load(groups)
+    embedder.compute()
+    K, c2w = (np.concatenate([getattr(group, name) for group in groups]) for name in ("K", "c2w"))
+    pose = np.concatenate([group.pose_latents.fetch()[0] for group in groups], axis=1)
+    cameras = (None, None) if "camera" in dropped else (K, c2w)
+    expected = host.embed_chunk(*cameras, None if "pose" in dropped else pose, num_slots=3).reshape(tokens.shape)
+    if "reference" not in dropped:
+        expected = expected + host.embed_reference(portrait[0, :, 0]) - host.embed_reference(None)
+    assert np.abs(tokens - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("options", [{"mode": "stream", "chunk_frames": 2, "window_frames": 4}, {"mode": "clip"}], ids=str)
 @pytest.mark.parametrize("guidance", ["1", "1.5"])
 def test_sessions_equal_the_graph(opened, emulated, options, guidance):
@@ -146,7 +179,15 @@ def test_sessions_equal_the_graph(opened, emulated, options, guidance):
 def test_a_camera_without_rays_is_refused(emulated):
     builder, groups = make_builder(emulated, "fused"), random_groups(emulated, 2)
     groups[1].c2w[2, :3, :3] = 0
-    with pytest.raises(ValueError, match="c2w: expected matrices that can be inverted"):
+    with pytest.raises(ValueError, match=r"c2w\[6\]: expected a rotation"):
+        builder.chunk(groups, 0)
+    # Its determinant is not 0 in floating point, and the kernel refuses it.
+    groups[1].c2w[2, :3, :3] = np.outer([1.0, 2, 3], [1, 0.3, 0.7]) + np.outer([0.1, 0.7, 0.2], [0.9, 0.1, 0.3])
+    with pytest.raises(ValueError, match="expected a rotation"):
+        builder.chunk(groups, 0)
+    groups[1].c2w[:] = groups[0].c2w
+    groups[0].c2w[1, 0, 3] = np.nan
+    with pytest.raises(ValueError, match=r"c2w\[1\]: expected finite"):
         builder.chunk(groups, 0)
 
 
