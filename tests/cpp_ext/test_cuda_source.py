@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 from embedding_oracle import oracle_rays, oracle_tokens, pack_rays, portrait_cameras
+from emulated_cuda import compiled
 
 from factorportrait.engines.base import host_sum
 from factorportrait.kernels import source_path
@@ -84,28 +84,7 @@ extern "C" void embed(const double* K, int num_k, const double* c2w, int frames,
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    (folder / "driver.cpp").write_text(DRIVER, encoding="utf-8")
-    includes = [f"-I{Path(__file__).parent}", f"-I{source_path('embed.cu').parent}"]
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O1",
-        "-ffp-contract=off",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        *includes,
-        "-o",
-        "driver.so",
-        "driver.cpp",
-    ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "driver.so"))
+    return compiled(DRIVER, tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from emulated_cuda import compiled
 from test_conditions import make_builder, random_groups
 from test_whole_chunks import ReplayingEngine, latents_and_pictures
 
 from factorportrait.bundle import Bundle
 from factorportrait.engines.ort import OrtEngine
-from factorportrait.kernels import source_path
 from factorportrait.runtime import conditions, embedding, kernel_embedding
 from factorportrait.runtime.kernel_embedding import FILE, KERNELS, KernelEmbedding
 from factorportrait.runtime.session import OpenBundle, open_bundle
@@ -45,16 +42,7 @@ extern "C" void run_embed_tokens_f32(GRID, const float* latents, long long chann
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("kernels")
-    (folder / "driver.cpp").write_text(DRIVER, encoding="utf-8")
-    includes = [f"-I{Path(__file__).parents[1] / 'cpp_ext'}", f"-I{source_path(FILE).parent}"]
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *includes, "-o", "driver.so", "driver.cpp"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "driver.so"))
+    return compiled(DRIVER, tmp_path_factory.mktemp("kernels"))
 
 
 class EmulatedDevice(ReplayingEngine):
