@@ -182,8 +182,9 @@ def settings_from(options: argparse.Namespace):
 
 def approximations(options: argparse.Namespace) -> dict[str, object]:
     """Those that were asked for."""
-    usual = {"guidance": "1", "commit": "clean", "step_cache": 0.0, "guidance_steps": None, "solver": None, "shift": None}
-    return {name: getattr(options, name) for name, value in usual.items() if getattr(options, name) != value}
+    from factorportrait.benchmarks import pareto
+
+    return dict(pareto.approximations(vars(options)))
 
 
 def parse_steps(text: str | None) -> tuple[int, ...]:

@@ -382,14 +382,12 @@ def completed(result: Result, run: Run) -> Result:
     if not peer.whole or limits is None:
         return result
     precision = peer.precision or result.config["precision"]
-    if peer.fused and result.config.get("embedding", "auto") != "graph" and implementation() != "numpy":
-        # What was counted is the graph that did not run.
-        works = {name: work for name, work in works.items() if name != "conditions"}
-    if result.config.get("embedding", "auto") == "fused":
-        works = {name: work for name, work in works.items() if name not in ("conditions", "steps")}  # the same
+    embedding, uncounted = result.config.get("embedding", "auto"), set()
+    if embedding == "fused" or peer.fused and embedding != "graph" and implementation() != "numpy":
+        uncounted = {"conditions", "steps"}  # the graph that was counted did not run
     elif any(stage.name == "steps" for stage in result.stages):
-        # The stage `conditions` only sends what they are made of.
-        works = {name: work for name, work in works.items() if name != "conditions"}
+        uncounted = {"conditions"}  # this stage only sends what they are made of
+    works = {name: work for name, work in works.items() if name not in uncounted}
     stages = (
         bounded(stage, works[stage.name], limits, precision) if stage.name in works else stage for stage in result.stages
     )

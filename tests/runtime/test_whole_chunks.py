@@ -21,8 +21,6 @@ from factorportrait.bundle import Bundle
 from factorportrait.engines.base import host_sum, mirrored_sum
 from factorportrait.engines.ort import OrtEngine
 from factorportrait.engines.pytorch import TorchEngine
-from factorportrait.runtime import session as runtime_session
-from factorportrait.runtime.schedule import flow_schedule
 from factorportrait.runtime.session import OpenBundle, open_bundle
 
 
@@ -122,11 +120,8 @@ def replaying(tiny_bundle):
     ],
     ids=str,
 )  # fmt: skip
-def test_streams(opened, replaying, cache, changes, monkeypatch):
+def test_streams(opened, replaying, cache, changes):
     """61 frames: the ring goes around, so that every kind of chunk is replayed on other contents."""
-    solver = changes.get("solver", "euler")
-    monkeypatch.setattr(runtime_session, "flow_schedule", lambda steps, shift, _: flow_schedule(steps, shift, solver))
-    changes = {name: value for name, value in changes.items() if name != "solver"}
     options = {"mode": "stream", "chunk_frames": 2, "window_frames": 4, "steps": 2, "seed": 3, "cache": cache, "embedding": "graph"}
     options |= changes
     latents, pictures = latents_and_pictures(replaying, 61, **options)
