@@ -23,7 +23,8 @@ from factorportrait.cores import usable_cores
 from factorportrait.engines.base import Engine
 from factorportrait.errors import UserError
 from factorportrait.model_config import ModelConfig
-from factorportrait.runtime.kernel_embedding import KernelEmbedding, check_cameras, open_kernel_embedding
+from factorportrait.runtime.kernel_embedding import KernelEmbedding, open_kernel_embedding
+from factorportrait.runtime.media.camera import check_cameras
 
 try:
     from factorportrait import _embed

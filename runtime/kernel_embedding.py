@@ -13,6 +13,7 @@ import numpy as np
 
 from factorportrait.engines.base import Buffer, Engine, Kernels, Mirrored, dtype_name
 from factorportrait.model_config import FRAMES_PER_LATENT, ModelConfig
+from factorportrait.runtime.media.camera import check_cameras
 
 if TYPE_CHECKING:
     from factorportrait.runtime.conditions import Group
@@ -162,25 +163,3 @@ def open_kernel_embedding(
     """The kernels with a bundle's weights; None where the engine's device runs none."""
     kernels = engine.kernels(FILE, KERNELS)
     return None if kernels is None else KernelEmbedding(config, engine, kernels, weight, bias)
-
-
-def check_cameras(K: np.ndarray, c2w: np.ndarray) -> None:
-    """Every pixel has a ray; the same checks as in rays.h. K [F, 3, 3], c2w [F, 4, 4].
-
-    Raises:
-        ValueError: a camera has none; it names the first.
-    """
-    for name, matrices in (("K", K), ("c2w", c2w[:, :3, :3])):
-        sizes = np.abs(matrices).max((1, 2))
-        with np.errstate(all="ignore"):
-            good = np.isfinite(matrices).all((1, 2)) & (np.abs(np.linalg.det(matrices)) > 1e-14 * sizes**3)
-        if not good.all():
-            what = (
-                "an invertible matrix of finite numbers; no ray goes through a pixel" if name == "K" else "a rotation"
-            )
-            raise ValueError(f"{name}[{int(np.argmin(good))}]: expected {what}")
-    good = np.isfinite(c2w).all((1, 2)) & (np.abs(c2w[:, 3] - [0, 0, 0, 1]).sum(1) <= 1e-9)
-    if not good.all():
-        raise ValueError(
-            f"c2w[{int(np.argmin(good))}]: expected finite numbers and a last row of 0 0 0 1; is it transposed?"
-        )
